@@ -1,0 +1,73 @@
+"""Captions to token ids: any Hugging Face tokenizer, or one trained on the captions."""
+
+import pathlib
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+import tokenizers as hf_tokenizers
+import transformers
+
+from ldm_jax.config import UserError
+
+
+def train_wordpiece(
+    captions: Sequence[str], vocab_size: int
+) -> transformers.PreTrainedTokenizerFast:
+    """Trains an uncased WordPiece vocabulary; the same captions give the same ids.
+
+    A text becomes `[CLS] pieces [SEP] [PAD]…`, as BERT's own tokenizer does.
+    """
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    tokenizer = hf_tokenizers.Tokenizer(
+        hf_tokenizers.models.WordPiece(unk_token="[UNK]")
+    )
+    tokenizer.normalizer = hf_tokenizers.normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.BertPreTokenizer()
+    trainer = hf_tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.post_processor = hf_tokenizers.processors.BertProcessing(
+        ("[SEP]", tokenizer.token_to_id("[SEP]")),
+        ("[CLS]", tokenizer.token_to_id("[CLS]")),
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    )
+
+
+def load(name_or_path: str | pathlib.Path) -> transformers.PreTrainedTokenizerBase:
+    """Loads a tokenizer by Hugging Face name or from a folder."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(str(name_or_path))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"tokenizer: {str(name_or_path)!r} cannot be loaded ({reason}); give a"
+            " folder that holds tokenizer.json, or a hub name that is cached or online"
+        ) from error
+
+
+def encode(
+    tokenizer: transformers.PreTrainedTokenizerBase, texts: Sequence[str], length: int
+) -> np.ndarray:
+    """Returns int32 ids [b, length], padded; warns with the words that it cut."""
+    rows = tokenizer(
+        list(texts), padding="max_length", truncation=True, max_length=length
+    )["input_ids"]
+    room = length - tokenizer.num_special_tokens_to_add()
+    for text in texts:
+        pieces = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = pieces["offset_mapping"]
+        if len(offsets) > room:
+            cut = text[offsets[room][0] :]
+            warnings.warn(
+                f"prompt longer than {length} tokens; cut at the end: {cut!r}",
+                stacklevel=2,
+            )
+    return np.asarray(rows, np.int32)

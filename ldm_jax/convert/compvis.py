@@ -1,0 +1,367 @@
+"""CompVis and Stability state dicts (and CLIP's) to this package's parameters.
+
+For every parameter of a net a rule names its torch key and how the array is laid out
+there, so that the same rules, read the other way, export. State dicts hold numpy arrays
+under unprefixed torch keys (no `model.diffusion_model.` etc.).
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ldm_jax.nets import autoencoder, text_encoder, unet
+
+
+class Layout(NamedTuple):
+    """How torch stores an array: both directions, inverse to each other."""
+
+    to_flax: Callable[[np.ndarray], np.ndarray]
+    to_torch: Callable[[np.ndarray], np.ndarray]
+
+
+AS_IS = Layout(lambda a: a, lambda a: a)
+LINEAR = Layout(np.transpose, np.transpose)  # [out, in] <-> [in, out]
+CONV = Layout(  # [out, in, *spatial] <-> [*spatial, in, out]
+    lambda a: np.moveaxis(a, (0, 1), (-1, -2)),
+    lambda a: np.moveaxis(a, (-1, -2), (0, 1)),
+)
+# A 1-wide convolution over tokens or pixels that is a dense layer here.
+POINTWISE_1D = Layout(lambda a: a[..., 0].T, lambda a: a.T[..., None])
+POINTWISE_2D = Layout(lambda a: a[..., 0, 0].T, lambda a: a.T[..., None, None])
+
+
+class Rule(NamedTuple):
+    """One parameter: its path here, its torch key, its layout there.
+
+    Where torch packs several parameters in one array, each is `part` (index, count) of
+    its first axis.
+    """
+
+    path: str
+    key: str
+    layout: Layout
+    part: tuple[int, int] | None = None
+
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+
+def _rename(path: str, table: Mapping[str, str]) -> str:
+    """Translates the dotted parts of `path`, the longest runs that `table` knows."""
+    words, parts = path.split("/"), []
+    while words:
+        for length in range(len(words), 0, -1):
+            known = table.get("/".join(words[:length]))
+            if known is not None:
+                break
+        else:
+            length, known = 1, words[0]
+        parts.append(known)
+        words = words[length:]
+    return ".".join(part for part in parts if part)
+
+
+def _plain_layout(path: str, ndim: int) -> Layout:
+    if not path.endswith("/kernel"):
+        return AS_IS
+    return LINEAR if ndim == 2 else CONV
+
+
+def abstract_params(net: nn.Module, *args, **kwargs) -> dict[str, tuple[int, ...]]:
+    """{"path/of/param": shape} of a net, without computing anything."""
+    shapes = jax.eval_shape(
+        lambda a, k: net.init(jax.random.key(0), *a, **k), args, kwargs
+    )
+    flat = flax.traverse_util.flatten_dict(shapes["params"], sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def convert(
+    state_dict: Mapping[str, np.ndarray],
+    rules: Iterator[Rule],
+    shapes: Mapping[str, tuple[int, ...]],
+    ignorable: str,
+) -> dict[str, Any]:
+    """Applies rules to a state dict; returns nested float32 params.
+
+    Raises ValueError that lists every key which is missing, has another shape than the
+    net, or is left over and does not match the pattern `ignorable`.
+    """
+    params, unused, problems = {}, set(state_dict), []
+    for rule in rules:
+        if rule.key not in state_dict:
+            problems.append(f"missing {rule.key} (for {rule.path})")
+            continue
+        unused.discard(rule.key)
+        array = np.asarray(state_dict[rule.key], np.float32)
+        if rule.part is not None:
+            index, count = rule.part
+            array = np.split(array, count)[index]
+        try:
+            value = rule.layout.to_flax(array)
+        except IndexError:  # too few axes for this layout
+            value = array
+        if value.shape != shapes[rule.path]:
+            problems.append(
+                f"{rule.key} of shape {array.shape} does not fit {rule.path} of shape"
+                f" {shapes[rule.path]}"
+            )
+        params[rule.path] = value
+    problems += [
+        f"unknown {key}" for key in sorted(unused) if not re.fullmatch(ignorable, key)
+    ]
+    if problems:
+        raise ValueError("state dict does not fit the net: " + "; ".join(problems))
+    return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+# --- UNet
+
+
+def _unet_blocks(net: unet.UNet, shapes: Mapping[str, Any]) -> dict[str, str]:
+    """{our block: torch's}, e.g. {"down_1_attn_0": "input_blocks.4.1"}."""
+    present = {path.split("/")[0] for path in shapes}
+    depths, last = net.res_blocks_of_levels(), len(net.channel_mult) - 1
+    blocks, n = {"conv_in": "input_blocks.0.0"}, 1
+    for level, depth in enumerate(depths):
+        for i in range(depth):
+            blocks[f"down_{level}_res_{i}"] = f"input_blocks.{n}.0"
+            blocks[f"down_{level}_attn_{i}"] = f"input_blocks.{n}.1"
+            n += 1
+        if level < last:
+            conv = "" if net.resblock_updown else ".op"
+            blocks[f"down_{level}_downsample"] = f"input_blocks.{n}.0{conv}"
+            n += 1
+    blocks["mid_res_0"] = "middle_block.0"
+    blocks["mid_attn"] = "middle_block.1"
+    blocks["mid_res_1"] = "middle_block.2"
+    n = 0
+    for level in range(last, -1, -1):
+        for i in range(depths[level] + 1):
+            blocks[f"up_{level}_res_{i}"] = f"output_blocks.{n}.0"
+            blocks[f"up_{level}_attn_{i}"] = f"output_blocks.{n}.1"
+            n += 1
+        # Upsampling comes last in the block: after attention where there is any.
+        place = 2 if f"up_{level}_attn_{depths[level]}" in present else 1
+        conv = "" if net.resblock_updown else ".conv"
+        blocks[f"up_{level}_upsample"] = f"output_blocks.{n - 1}.{place}{conv}"
+    return blocks
+
+
+def unet_rules(net: unet.UNet, shapes: Mapping[str, tuple]) -> Iterator[Rule]:
+    """Rules of every parameter of a UNet whose `abstract_params` are `shapes`."""
+    label = "label_emb.1" if net.num_classes == "timestep" else "label_emb.0"
+    table = _LEAVES | _unet_blocks(net, shapes)
+    table |= {
+        "time_embed_0": "time_embed.0",
+        "time_embed_1": "time_embed.2",
+        "label_embed": "label_emb",
+        "label_embed_0": f"{label}.0",
+        "label_embed_1": f"{label}.2",
+        "norm_out": "out.0",
+        "conv_out": "out.2",
+        "id_norm": "id_predictor.0",
+        "id_out": "id_predictor.1",
+        "norm1": "in_layers.0",
+        "conv1": "in_layers.2",
+        "emb_proj": "emb_layers.1",
+        "norm2": "out_layers.0",
+        "conv2": "out_layers.3",
+        "skip": "skip_connection",
+        "to_out": "to_out.0",
+        "ff/ff_in": "ff.net.0.proj",
+        "ff/ff_out": "ff.net.2",
+    }
+    for path, shape in shapes.items():
+        names = dict(table)
+        inner = re.search(r"/block_(\d+)/", path)
+        if inner:  # inside a transformer block norm1, norm2 keep their names
+            names |= {f"block_{inner[1]}": f"transformer_blocks.{inner[1]}"}
+            names |= {"norm1": "norm1", "norm2": "norm2"}
+        if path == "label_embed":
+            yield Rule(path, "label_emb.weight", AS_IS)
+            continue
+        layout = _plain_layout(path, len(shape))
+        if re.search(r"(proj_in|proj_out|qkv)/kernel$", path):
+            if not net.use_spatial_transformer:
+                layout = POINTWISE_1D
+            elif not net.use_linear_in_transformer:
+                layout = POINTWISE_2D
+        yield Rule(path, _rename(path, names), layout)
+
+
+def unet_params(state_dict: Mapping[str, np.ndarray], net: unet.UNet) -> dict:
+    """Params of `net` from a UNet's state dict (`model.diffusion_model.` removed)."""
+    shapes = abstract_params(net, **net.abstract_inputs())
+    # A net that predicts codebook ids does not use its noise output.
+    ignorable = r"out\..*" if net.n_embed is not None else ""
+    return convert(state_dict, unet_rules(net, shapes), shapes, ignorable)
+
+
+# --- autoencoder
+
+
+def autoencoder_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
+    """Rules of every parameter of an autoencoder."""
+    table = {
+        **_LEAVES,
+        "mid_res_0": "mid.block_1",
+        "mid_attn": "mid.attn_1",
+        "mid_res_1": "mid.block_2",
+        "skip": "nin_shortcut",
+    }
+    for path, shape in shapes.items():
+        names = dict(table)
+        for word in path.split("/"):
+            block = re.fullmatch(r"(down|up)_(\d+)_(res|attn)_(\d+)", word)
+            if block:
+                way, level, kind, i = block.groups()
+                kind = {"res": "block", "attn": "attn"}[kind]
+                names[word] = f"{way}.{level}.{kind}.{i}"
+            resample = re.fullmatch(r"(down|up)_(\d+)_(downsample|upsample)", word)
+            if resample:
+                way, level, kind = resample.groups()
+                names[word] = f"{way}.{level}.{kind}.conv"
+        layout = _plain_layout(path, len(shape))
+        if layout is LINEAR:  # the attention's 1x1 convolutions
+            layout = POINTWISE_2D
+        yield Rule(path, _rename(path, names), layout)
+
+
+def autoencoder_params(
+    state_dict: Mapping[str, np.ndarray], net: autoencoder.AutoencoderKL
+) -> dict:
+    """Params of `net` from an autoencoder's state dict (`first_stage_model.` removed).
+
+    The training loss (`loss.…`: discriminator, LPIPS, logvar) and the EMA copy that a
+    checkpoint may carry are left out.
+    """
+    size = 2 ** (len(net.ch_mult) - 1)
+    x = jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32)
+    shapes = abstract_params(net, x)
+    ignorable = r"(loss|model_ema)\..*"
+    return convert(state_dict, autoencoder_rules(shapes), shapes, ignorable)
+
+
+# --- text encoders
+
+_TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+
+def _text_rules(
+    shapes: Mapping[str, tuple], table_of_layer: Callable[[int], Mapping[str, str]]
+) -> Iterator[Rule]:
+    for path, shape in shapes.items():
+        layer = re.match(r"layer_(\d+)/", path)
+        table = _LEAVES | table_of_layer(int(layer[1]) if layer else -1)
+        yield Rule(path, _rename(path, table), _plain_layout(path, len(shape)))
+
+
+def text_transformer_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
+    """Rules of LDM's BERT-style encoder, where a block here is two layers."""
+
+    def table(i):
+        prefix = "transformer.attn_layers.layers"
+        return {
+            "token_emb": "transformer.token_emb.weight",
+            "pos_emb": "transformer.pos_emb.emb.weight",
+            "norm_out": "transformer.norm",
+            f"layer_{i}/norm1": f"{prefix}.{2 * i}.0",
+            f"layer_{i}/attn": f"{prefix}.{2 * i}.1",
+            f"layer_{i}/norm2": f"{prefix}.{2 * i + 1}.0",
+            f"layer_{i}/ff_in": f"{prefix}.{2 * i + 1}.1.net.0.0",
+            f"layer_{i}/ff_out": f"{prefix}.{2 * i + 1}.1.net.2",
+        }
+
+    return _text_rules(shapes, table)
+
+
+def text_transformer_params(
+    state_dict: Mapping[str, np.ndarray], net: text_encoder.TextTransformer
+) -> dict:
+    """Params of LDM's text encoder (`cond_stage_model.` removed); drops to_logits."""
+    shapes = abstract_params(net, _TOKENS)
+    ignorable = r"transformer\.to_logits\..*"
+    return convert(state_dict, text_transformer_rules(shapes), shapes, ignorable)
+
+
+def clip_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
+    """Rules of a CLIP text tower in the layout of Hugging Face."""
+
+    def table(i):
+        return {
+            "token_emb": "text_model.embeddings.token_embedding.weight",
+            "pos_emb": "text_model.embeddings.position_embedding.weight",
+            "norm_out": "text_model.final_layer_norm",
+            f"layer_{i}": f"text_model.encoder.layers.{i}",
+            "norm1": "layer_norm1",
+            "norm2": "layer_norm2",
+            "attn": "self_attn",
+            "to_q": "q_proj",
+            "to_k": "k_proj",
+            "to_v": "v_proj",
+            "to_out": "out_proj",
+            "ff_in": "mlp.fc1",
+            "ff_out": "mlp.fc2",
+        }
+
+    return _text_rules(shapes, table)
+
+
+def clip_params(
+    state_dict: Mapping[str, np.ndarray], net: text_encoder.CLIPTextTransformer
+) -> dict:
+    """Params of a CLIP text tower from Hugging Face's keys (`text_model.…`)."""
+    shapes = abstract_params(net, _TOKENS)
+    ignorable = (
+        r"text_model\.embeddings\.position_ids|text_projection\.weight|logit_scale"
+        + _unused_block(r"text_model\.encoder\.layers", net)
+    )
+    return convert(state_dict, clip_rules(shapes), shapes, ignorable)
+
+
+def openclip_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
+    """Rules of a CLIP text tower in the layout of OpenCLIP: q, k, v are one array."""
+
+    def table(i):
+        return {
+            "token_emb": "token_embedding.weight",
+            "pos_emb": "positional_embedding",
+            "norm_out": "ln_final",
+            f"layer_{i}": f"transformer.resblocks.{i}",
+            "norm1": "ln_1",
+            "norm2": "ln_2",
+            "to_out": "out_proj",
+            "ff_in": "mlp.c_fc",
+            "ff_out": "mlp.c_proj",
+        }
+
+    for rule in _text_rules(shapes, table):
+        packed = re.fullmatch(r"(.*)\.to_([qkv])\.(weight|bias)", rule.key)
+        if packed:
+            key = f"{packed[1]}.in_proj_{packed[3]}"
+            rule = rule._replace(key=key, part=("qkv".index(packed[2]), 3))
+        yield rule
+
+
+def openclip_params(
+    state_dict: Mapping[str, np.ndarray], net: text_encoder.CLIPTextTransformer
+) -> dict:
+    """Params of a CLIP text tower from OpenCLIP's keys (`cond_stage_model.model.`)."""
+    shapes = abstract_params(net, _TOKENS)
+    ignorable = r"text_projection|logit_scale|attn_mask|visual\..*" + _unused_block(
+        r"transformer\.resblocks", net
+    )
+    return convert(state_dict, openclip_rules(shapes), shapes, ignorable)
+
+
+def _unused_block(prefix: str, net: text_encoder.CLIPTextTransformer) -> str:
+    """Pattern for the last block where the net stops before it."""
+    unused = range(net.blocks, net.depth)
+    return "".join(rf"|{prefix}\.{i}\..*" for i in unused)

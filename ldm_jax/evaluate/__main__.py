@@ -1,0 +1,41 @@
+"""python -m ldm_jax.evaluate --workdir=runs/openmoji
+
+Scores a run: reconstructions of held-out pictures, and captions found again among
+pictures. Writes report.json and the grids in pictures/.
+"""
+
+import argparse
+import os
+import pathlib
+from collections.abc import Sequence
+
+from ldm_jax import config as config_lib
+from ldm_jax import workdir as workdir_lib
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m ldm_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--workdir", required=True, help="folder of the training run")
+    args = parser.parse_args(argv)
+    with config_lib.exit_on_user_error():
+        workdir = pathlib.Path(args.workdir)
+        config = workdir_lib.read_config(workdir)
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        try:
+            from ldm_jax.data import sources
+            from ldm_jax.evaluate import run_report
+        except ModuleNotFoundError as error:
+            raise config_lib.UserError(
+                f"{error.name}: not installed, and evaluation reads data with it;"
+                " pip install 'ldm_jax[train]'"
+            ) from error
+        run_report.write(workdir, *sources.load_splits(config.data, config.resolution))
+
+
+if __name__ == "__main__":
+    main()

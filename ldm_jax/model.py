@@ -1,0 +1,173 @@
+"""The nets and tables of one config, assembled; what train and sample share."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ldm_jax import first_stage
+from ldm_jax.conditioning import conditioners as conditioning
+from ldm_jax.config import UserError, nearest
+from ldm_jax.diffusion import denoiser, schedules
+from ldm_jax.nets import autoencoder, unet
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LatentDiffusion:
+    """Nets, schedule and shapes; the params live elsewhere and are passed in."""
+
+    autoencoder: nn.Module
+    unet: nn.Module
+    conditioners: dict[str, conditioning.Conditioner]
+    schedule: schedules.Schedule
+    parameterization: str
+    latent_shape: tuple[int, int, int]
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """`auto` is bfloat16 on accelerators and float32 on CPU."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"dtype: {name!r}; choose one of auto, float32, bfloat16")
+    return jnp.dtype(name)
+
+
+def kwargs_of(
+    name: str, section: Mapping[str, Any], variants: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Constructor arguments of a config section, on top of its `variant` if it has one.
+
+    Raises UserError for an unknown variant.
+    """
+    kwargs = dict(section)
+    variant = kwargs.pop("variant", None)
+    if variant is None:
+        return kwargs
+    if variant not in variants:
+        raise UserError(f"{name}.variant: {variant!r}; {nearest(variant, variants)}")
+    return variants[variant] | kwargs
+
+
+def build_autoencoder(config: ml_collections.ConfigDict) -> nn.Module:
+    """The first stage of `config.autoencoder`, checked against `config.resolution`."""
+    kwargs = kwargs_of("autoencoder", config.autoencoder, autoencoder.VARIANTS)
+    try:
+        net = autoencoder.AutoencoderKL(**kwargs, dtype=compute_dtype(config.dtype))
+    except TypeError as error:
+        raise UserError(f"autoencoder: {error}") from error
+    factor = 2 ** (len(net.ch_mult) - 1)
+    if config.resolution % factor:
+        near = config.resolution // factor * factor or factor
+        raise UserError(
+            f"resolution: {config.resolution} is not divisible by the autoencoder's"
+            f" f = {factor}; use {near} or {near + factor}, or fewer"
+            " autoencoder.ch_mult levels"
+        )
+    return net
+
+
+def build(
+    config: ml_collections.ConfigDict, tokenizer_of: Mapping[str, Any]
+) -> LatentDiffusion:
+    """Assembles the nets of a config; `tokenizer_of` names each text conditioner's."""
+    net = build_autoencoder(config)
+    diffusion = config.diffusion.to_dict()
+    parameterization = diffusion.pop("parameterization")
+    shape = first_stage.latent_shape(net, config.resolution)
+    unet_kwargs = kwargs_of("unet", config.unet, unet.VARIANTS)
+    if unet_kwargs["out_channels"] != shape[-1]:
+        raise UserError(
+            f"unet.out_channels: {unet_kwargs['out_channels']}, but the autoencoder's"
+            f" latent has {shape[-1]} channels; set it to {shape[-1]}"
+        )
+    return LatentDiffusion(
+        autoencoder=net,
+        unet=unet.UNet(**unet_kwargs, dtype=compute_dtype(config.dtype)),
+        conditioners=conditioning.build(config.conditioners, tokenizer_of),
+        schedule=schedules.make_schedule(**diffusion),
+        parameterization=parameterization,
+        latent_shape=shape,
+    )
+
+
+def init_autoencoder(
+    config: ml_collections.ConfigDict, net: nn.Module, key: jax.Array
+) -> dict[str, Any]:
+    """Stage one's trained params: the autoencoder and, if learned, its logvar []."""
+    x = jnp.zeros((1, config.resolution, config.resolution, net.in_channels))
+    params = {"autoencoder": net.init(key, x)["params"]}
+    settings = config.autoencoder_stage.loss
+    if settings.learn_logvar:
+        params["logvar"] = jnp.float32(settings.logvar_init)
+    return params
+
+
+def init_diffusion(
+    config: ml_collections.ConfigDict, model: LatentDiffusion, key: jax.Array
+) -> dict[str, Any]:
+    """Stage two's trained params: unet, conditioners and, if learned, logvar [T]."""
+    unet_key, cond_key = jax.random.split(key)
+    cond_params = conditioning.init(model.conditioners, cond_key)
+    cond = conditioning.encode_null(model.conditioners, cond_params, 1)
+    z = jnp.zeros((1, *model.latent_shape))
+    if cond.concat is not None:
+        z = jnp.concatenate([z, cond.concat], axis=-1)
+    t = jnp.zeros([1], jnp.int32)
+    variables = model.unet.init(unet_key, z, t, context=cond.context, y=cond.vector)
+    trained = {
+        name: cond_params[name]
+        for name, conditioner in model.conditioners.items()
+        if conditioner.trainable
+    }
+    params = {"unet": variables["params"], "conditioners": trained}
+    settings = config.diffusion_stage.loss
+    if settings.learn_logvar:
+        steps = len(model.schedule.betas)
+        params["logvar"] = jnp.full([steps], settings.logvar_init, jnp.float32)
+    return params
+
+
+def apply_unet(
+    model: LatentDiffusion,
+    params: Any,
+    z_t: jax.Array,
+    t: jax.Array,
+    cond: conditioning.Conditioning,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """The net's raw output [b, h, w, c] in float32; a key switches dropout on."""
+    inputs = z_t
+    if cond.concat is not None:
+        inputs = jnp.concatenate([z_t, cond.concat], axis=-1)
+    out = model.unet.apply(
+        {"params": params},
+        inputs,
+        t,
+        context=cond.context,
+        y=cond.vector,
+        deterministic=dropout_key is None,
+        rngs=None if dropout_key is None else {"dropout": dropout_key},
+    )
+    return out.astype(jnp.float32)
+
+
+def make_denoiser(
+    model: LatentDiffusion,
+    params: Mapping[str, Any],
+    cond: conditioning.Conditioning,
+    uncond: conditioning.Conditioning | None = None,
+    guidance_scale: jax.Array | float | None = None,
+):
+    """`denoise(z_t, t) -> (x0_hat, eps_hat)` of these params, guided if `uncond`."""
+
+    def apply(z_t, t, cond):
+        return apply_unet(model, params["unet"], z_t, t, cond)
+
+    return denoiser.make_denoiser(
+        apply, model.schedule, model.parameterization, cond, uncond, guidance_scale
+    )

@@ -1,0 +1,473 @@
+"""The denoising UNet of LDM, Stable Diffusion 1 and 2, and SDXL.
+
+Attention is placed by down-sampling factor: `attention_resolutions=(4, 2, 1)` puts it
+at the levels whose features are 4, 2 and 1 times smaller than the latent.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from ldm_jax.nets import attention, layers
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions told of the timestep by `emb` [b, 4·model_channels].
+
+    `resample` "down" or "up" changes the size between the first activation and
+    convolution (and on the skip). The second convolution starts at zero.
+    """
+
+    features: int
+    dropout: float = 0.0
+    use_scale_shift_norm: bool = False
+    resample: str | None = None
+    dims: int = 2
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
+        def conv(name, **kwargs):
+            return layers.Conv(
+                self.features, dims=self.dims, dtype=self.dtype, name=name, **kwargs
+            )
+
+        h = nn.silu(layers.GroupNorm(dtype=self.dtype, name="norm1")(x))
+        if self.resample is not None:
+            resamplers = {"down": layers.avg_pool, "up": layers.upsample_nearest}
+            resample = resamplers[self.resample]
+            h, x = resample(h, self.dims), resample(x, self.dims)
+        h = conv("conv1")(h)
+        width = self.features * (2 if self.use_scale_shift_norm else 1)
+        emb = layers.Dense(width, dtype=self.dtype, name="emb_proj")(nn.silu(emb))
+        emb = jnp.expand_dims(emb, tuple(range(1, self.dims + 1)))
+        norm2 = layers.GroupNorm(dtype=self.dtype, name="norm2")
+        if self.use_scale_shift_norm:
+            scale, shift = jnp.split(emb, 2, axis=-1)
+            h = norm2(h) * (1 + scale) + shift
+        else:
+            h = norm2(h + emb)
+        h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=deterministic)
+        h = conv("conv2", zero_init=True)(h)
+        if x.shape[-1] != self.features:
+            x = conv("skip", kernel_size=1)(x)
+        return x + h
+
+
+class UNet(nn.Module):
+    """Predicts the noise, x0 or v of z_t; options are those of the torch original.
+
+    Ints in `num_res_blocks` and `transformer_depth` hold for every level. Heads come
+    from `num_head_channels` where given, else from `num_heads`. `num_classes` says what
+    `y` is: a class id (int), a scalar [b, 1] ("continuous"), a vector [b,
+    adm_in_channels] ("sequential"), or a scalar [b] for a sinusoid ("timestep").
+    `n_embed` makes it predict logits of codebook ids. `use_linear_in_transformer` and
+    `legacy` name the layout of checkpoints; both change nothing for usual widths.
+    """
+
+    in_channels: int
+    model_channels: int
+    out_channels: int
+    num_res_blocks: int | Sequence[int]
+    attention_resolutions: Sequence[int]
+    dropout: float = 0.0
+    channel_mult: Sequence[int] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    dims: int = 2
+    num_classes: int | str | None = None  # int | continuous | sequential | timestep
+    adm_in_channels: int | None = None
+    num_heads: int | None = None
+    num_head_channels: int | None = None
+    num_heads_upsample: int | None = None
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_new_attention_order: bool = False
+    use_spatial_transformer: bool = False
+    transformer_depth: int | Sequence[int] = 1
+    context_dim: int | Sequence[int] | None = None
+    sequential_crossattn: bool = False  # context is a list, one array a block
+    n_embed: int | None = None
+    legacy: bool = True
+    disable_self_attentions: Sequence[bool] | None = None
+    num_attention_blocks: Sequence[int] | None = None
+    disable_middle_self_attn: bool = False
+    disable_middle_transformer: bool = False
+    use_linear_in_transformer: bool = False
+    remat: bool = False  # recompute blocks in the backward pass, to save memory
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        context: jax.Array | Sequence[jax.Array] | None = None,
+        y: jax.Array | None = None,
+        *,
+        deterministic: bool = True,
+    ) -> jax.Array:
+        """z_t [b, h, w, in_channels], t [b] -> [b, h, w, out_channels] in `dtype`.
+
+        `context` [b, s, context_dim] must be given iff `use_spatial_transformer`, `y`
+        iff `num_classes`; ValueError otherwise. t may be fractional.
+        """
+        self._check(x, context, y)
+        emb = self._embed(t, y)
+        depths = self.res_blocks_of_levels()
+        last = len(self.channel_mult) - 1
+
+        def res(h, level, name, resample=None):
+            return self._res(h, emb, level, name, deterministic, resample)
+
+        h = self._conv(self.model_channels, "conv_in")(x)
+        skips = [h]
+        for level, depth in enumerate(depths):
+            for i in range(depth):
+                h = res(h, level, f"down_{level}_res_{i}")
+                h = self._attn(h, context, level, f"down_{level}_attn_{i}", i)
+                skips.append(h)
+            if level < last:
+                name = f"down_{level}_downsample"
+                if self.resblock_updown:
+                    h = res(h, level, name, "down")
+                elif self.conv_resample:
+                    h = self._conv(h.shape[-1], name, strides=self._strides())(h)
+                else:
+                    h = layers.avg_pool(h, self.dims)
+                skips.append(h)
+
+        h = res(h, last, "mid_res_0")
+        h = self._attn(h, context, last, "mid_attn")
+        h = res(h, last, "mid_res_1")
+
+        for level in range(last, -1, -1):
+            for i in range(depths[level] + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = res(h, level, f"up_{level}_res_{i}")
+                h = self._attn(h, context, level, f"up_{level}_attn_{i}", i)
+            if level > 0:
+                name = f"up_{level}_upsample"
+                if self.resblock_updown:
+                    h = res(h, level, name, "up")
+                else:
+                    h = layers.upsample_nearest(h, self.dims)
+                    if self.conv_resample:
+                        h = self._conv(h.shape[-1], name)(h)
+        if self.n_embed is not None:
+            h = layers.GroupNorm(dtype=self.dtype, name="id_norm")(h)
+            return self._conv(self.n_embed, "id_out", kernel_size=1)(h)
+        h = nn.silu(layers.GroupNorm(dtype=self.dtype, name="norm_out")(h))
+        return self._conv(self.out_channels, "conv_out", zero_init=True)(h)
+
+    def res_blocks_of_levels(self) -> tuple[int, ...]:
+        """Res blocks of each level on the way down; there is one more on the way up."""
+        return self._of_levels("num_res_blocks")
+
+    def abstract_inputs(self, size: int | None = None) -> dict:
+        """The smallest legal arguments of `__call__`, as shapes, for `eval_shape`."""
+
+        def floats(*shape):
+            return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+        size = size or 2 ** (len(self.channel_mult) - 1)
+        inputs = {
+            "x": floats(1, *(size,) * self.dims, self.in_channels),
+            "t": floats(1),
+        }
+        if self.sequential_crossattn:
+            inputs["context"] = [floats(1, 1, dim) for dim in self._context_dims()]
+        elif self.use_spatial_transformer:
+            inputs["context"] = floats(1, 1, self.context_dim)
+        if isinstance(self.num_classes, int):
+            inputs["y"] = jax.ShapeDtypeStruct((1,), jnp.int32)
+        elif self.num_classes is not None:
+            width = {"continuous": (1,), "sequential": (self.adm_in_channels,)}
+            inputs["y"] = floats(1, *width.get(self.num_classes, ()))
+        return inputs
+
+    def _of_levels(self, field: str) -> tuple[int, ...]:
+        value, levels = getattr(self, field), len(self.channel_mult)
+        values = (value,) * levels if isinstance(value, int) else tuple(value)
+        if len(values) != levels:
+            raise ValueError(
+                f"{field}: {len(values)} entries for {levels} levels of channel_mult"
+            )
+        return values
+
+    def _context_dims(self) -> tuple[int, ...]:
+        blocks = max(self._of_levels("transformer_depth"))
+        dims = self.context_dim
+        return (dims,) * blocks if isinstance(dims, int) else tuple(dims)
+
+    def _check(self, x, context, y) -> None:
+        *space, channels = x.shape[1:]
+        if channels != self.in_channels:
+            raise ValueError(
+                f"x has {channels} channels, but in_channels is {self.in_channels}"
+                " (the latent's and those of the concat condition together)"
+            )
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if any(size % factor for size in space[self.dims == 3 :]):
+            raise ValueError(
+                f"x has size {tuple(space)}; each side must be divisible by {factor}"
+                f" for {len(self.channel_mult)} levels of channel_mult"
+            )
+        if (y is None) != (self.num_classes is None):
+            has, needs = ("no y", "needs one") if y is None else ("y", "takes none")
+            raise ValueError(
+                f"{has} was given, but num_classes={self.num_classes!r} {needs}"
+            )
+        if (context is None) == self.use_spatial_transformer:
+            has, needs = ("no context", "needs one")
+            if context is not None:
+                has, needs = ("context", "takes none")
+            raise ValueError(
+                f"{has} was given, but use_spatial_transformer="
+                f"{self.use_spatial_transformer} {needs}"
+            )
+        if context is not None:
+            self._check_context(context)
+
+    def _check_context(self, context) -> None:
+        many = isinstance(context, list | tuple)
+        if many != self.sequential_crossattn:
+            raise ValueError(
+                f"context is {'a list' if many else 'one array'}, but"
+                f" sequential_crossattn={self.sequential_crossattn}"
+            )
+        widths = tuple(c.shape[-1] for c in context) if many else context.shape[-1]
+        wanted = self._context_dims() if many else self.context_dim
+        if widths != wanted:
+            raise ValueError(f"context has width {widths}, but context_dim is {wanted}")
+
+    def _embed(self, t: jax.Array, y: jax.Array | None) -> jax.Array:
+        """Embeds timestep and y, in float32: small, and every block depends on it."""
+        width = 4 * self.model_channels
+
+        def mlp(x, name):
+            h = nn.silu(layers.Dense(width, name=f"{name}_0")(x.astype(jnp.float32)))
+            return layers.Dense(width, name=f"{name}_1")(h)
+
+        emb = mlp(layers.timestep_embedding(t, self.model_channels), "time_embed")
+        if self.num_classes is None:
+            return emb
+        if isinstance(self.num_classes, int):
+            shape = (self.num_classes, width)
+            table = self.param("label_embed", nn.initializers.normal(1.0), shape)
+            return emb + jnp.take(table, y, axis=0)
+        if self.num_classes == "continuous":
+            return emb + layers.Dense(width, name="label_embed")(y.astype(jnp.float32))
+        if self.num_classes == "timestep":
+            y = layers.timestep_embedding(y, self.model_channels)
+        elif self.num_classes != "sequential":
+            raise ValueError(
+                f"num_classes {self.num_classes!r}; choose an int, or one of"
+                " continuous, sequential, timestep"
+            )
+        elif y.shape[-1] != self.adm_in_channels:
+            raise ValueError(
+                f"y has width {y.shape[-1]}, but adm_in_channels is"
+                f" {self.adm_in_channels}"
+            )
+        return emb + mlp(y, "label_embed")
+
+    def _conv(self, features: int, name: str, **kwargs) -> layers.Conv:
+        return layers.Conv(
+            features, dims=self.dims, dtype=self.dtype, name=name, **kwargs
+        )
+
+    def _strides(self) -> tuple[int, ...]:
+        axes = layers.resampled_axes(self.dims)
+        return tuple(2 if a in axes else 1 for a in range(1, self.dims + 1))
+
+    def _res(self, h, emb, level, name, deterministic, resample) -> jax.Array:
+        block = nn.remat(ResBlock, static_argnums=(3,)) if self.remat else ResBlock
+        return block(
+            self.channel_mult[level] * self.model_channels,
+            self.dropout,
+            self.use_scale_shift_norm,
+            resample,
+            self.dims,
+            self.dtype,
+            name=name,
+        )(h, emb, deterministic)
+
+    def _attn(self, h, context, level, name, index=None) -> jax.Array:
+        """Attention after res block `index` of a level, or in the middle (None)."""
+        middle = index is None
+        if middle and self.disable_middle_transformer:
+            return h
+        if not middle:
+            blocks = self.num_attention_blocks
+            if 2**level not in self.attention_resolutions:
+                return h
+            if blocks is not None and index >= blocks[level]:
+                return h
+        heads, dim_head = self._heads(h.shape[-1], upward=name.startswith("up"))
+        if not self.use_spatial_transformer:
+            block = attention.AttentionBlock
+            if self.remat:
+                block = nn.remat(block)
+            order = self.use_new_attention_order
+            return block(heads, order, self.dtype, name=name)(h)
+        if middle:
+            disabled = self.disable_middle_self_attn
+        else:
+            disabled = bool(self.disable_self_attentions)
+            disabled = disabled and self.disable_self_attentions[level]
+        depth = self._of_levels("transformer_depth")[level]
+        block = attention.SpatialTransformer(
+            heads, dim_head, depth, disabled, self.remat, self.dtype, name=name
+        )
+        return block(h, context)
+
+    def _heads(self, channels: int, upward: bool) -> tuple[int, int]:
+        """Number and width of the heads, in the original's (legacy's) arithmetic."""
+        if self.num_heads is None and self.num_head_channels is None:
+            raise ValueError("num_heads, num_head_channels: give one of them")
+        heads = self.num_heads
+        if self.num_head_channels is not None:
+            heads = channels // self.num_head_channels
+        elif upward and self.legacy and not self.use_spatial_transformer:
+            heads = self.num_heads_upsample or heads
+        if heads < 1 or (channels % heads and not self.use_spatial_transformer):
+            raise ValueError(f"{channels} channels can't be split into {heads} heads")
+        if self.num_head_channels is not None and not self.legacy:
+            return heads, self.num_head_channels
+        return heads, channels // heads
+
+
+_LDM = dict(in_channels=3, out_channels=3, num_res_blocks=2)
+_CELEBA = _LDM | dict(
+    model_channels=224,
+    channel_mult=(1, 2, 3, 4),
+    attention_resolutions=(8, 4, 2),
+    num_head_channels=32,
+)
+_CIN_V2 = _LDM | dict(
+    model_channels=192,
+    channel_mult=(1, 2, 3, 5),
+    attention_resolutions=(8, 4, 2),
+    num_heads=1,
+    use_spatial_transformer=True,
+    context_dim=512,
+)
+_SD1 = dict(
+    in_channels=4,
+    out_channels=4,
+    num_res_blocks=2,
+    model_channels=320,
+    channel_mult=(1, 2, 4, 4),
+    attention_resolutions=(4, 2, 1),
+    num_heads=8,
+    use_spatial_transformer=True,
+    context_dim=768,
+    legacy=False,
+)
+_SD2 = _SD1 | dict(
+    num_heads=None,
+    num_head_channels=64,
+    context_dim=1024,
+    use_linear_in_transformer=True,
+)
+_UNCLIP = _SD2 | dict(num_classes="sequential")
+
+VARIANTS = {
+    "celeba256": _CELEBA,  # also ffhq256 and lsun_beds256
+    "churches256": dict(
+        in_channels=4,
+        out_channels=4,
+        num_res_blocks=2,
+        model_channels=192,
+        channel_mult=(1, 2, 2, 4, 4),
+        attention_resolutions=(1, 2, 4, 8),
+        num_heads=8,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    ),
+    "cin256": dict(
+        in_channels=4,
+        out_channels=4,
+        num_res_blocks=2,
+        model_channels=256,
+        channel_mult=(1, 2, 4),
+        attention_resolutions=(4, 2, 1),
+        num_head_channels=32,
+        use_spatial_transformer=True,
+        context_dim=512,
+    ),
+    "cin256_v2": _CIN_V2,
+    "ldm_1p4b": _SD1 | dict(context_dim=1280),
+    "cc256": _CIN_V2 | dict(num_heads=None, num_head_channels=32, context_dim=640),
+    "layout2img": _CELEBA
+    | dict(
+        model_channels=128,
+        use_spatial_transformer=True,
+        transformer_depth=3,
+        context_dim=512,
+    ),
+    "bsr_sr": _LDM
+    | dict(
+        in_channels=6,
+        model_channels=160,
+        channel_mult=(1, 2, 2, 4),
+        attention_resolutions=(16, 8),
+        num_head_channels=32,
+    ),
+    "inpainting_big": _LDM
+    | dict(
+        in_channels=7,
+        model_channels=256,
+        channel_mult=(1, 2, 3, 4),
+        attention_resolutions=(8, 4, 2),
+        num_heads=8,
+        resblock_updown=True,
+    ),
+    "semantic": _LDM
+    | dict(
+        in_channels=6,
+        model_channels=128,
+        channel_mult=(1, 4, 8),
+        attention_resolutions=(32, 16, 8),
+        num_heads=8,
+    ),
+    "rdm768": dict(
+        in_channels=16,
+        out_channels=16,
+        num_res_blocks=2,
+        model_channels=448,
+        channel_mult=(1, 2, 3, 4),
+        attention_resolutions=(4, 2, 1),
+        num_head_channels=32,
+        use_spatial_transformer=True,
+        context_dim=768,
+    ),
+    "sd1": _SD1,
+    "sd2": _SD2,
+    "sd2_inpaint": _SD2 | dict(in_channels=9),
+    "sd2_depth": _SD2 | dict(in_channels=5),
+    "unclip_h": _UNCLIP | dict(adm_in_channels=2048),
+    "unclip_l": _UNCLIP | dict(adm_in_channels=1536),
+    "x4_upscaler": _SD2
+    | dict(
+        in_channels=7,
+        model_channels=256,
+        channel_mult=(1, 2, 2, 4),
+        attention_resolutions=(2, 4, 8),
+        num_heads=8,
+        num_head_channels=None,
+        disable_self_attentions=(True, True, True, False),
+        num_classes=1000,
+    ),
+    "sdxl": _SD2
+    | dict(
+        channel_mult=(1, 2, 4),
+        attention_resolutions=(4, 2),
+        transformer_depth=(1, 2, 10),
+        context_dim=2048,
+        num_classes="sequential",
+        adm_in_channels=2816,
+    ),
+}

@@ -1,0 +1,334 @@
+"""The training loop: one for every stage, read from top to bottom."""
+
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from ldm_jax import config as config_lib
+from ldm_jax import model as model_lib
+from ldm_jax import sample
+from ldm_jax import workdir as workdir_lib
+from ldm_jax.conditioning import tokenizers
+from ldm_jax.config import UserError
+from ldm_jax.data import pipeline, sources
+from ldm_jax.evaluate import run_report
+from ldm_jax.train import (
+    checkpoint,
+    optim,
+    report,
+    sharding,
+    step_autoencoder,
+    step_diffusion,
+)
+from ldm_jax.train import stage as stage_lib
+from ldm_jax.train import state as train_state
+
+STAGES = ("autoencoder", "diffusion")
+
+
+class StopSignal:
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave."""
+
+    def __init__(self):
+        self._received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, frame):
+        del frame
+        # A second Ctrl-C means now.
+        if self._received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._received = True
+
+    def at(self, step: int) -> bool:
+        """Whether to stop after `step`; all processes agree on it."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+
+def check(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> jax.sharding.Mesh:
+    """Finds the user's mistakes before anything is written; returns the mesh."""
+    for name in config.stages:
+        if name not in STAGES:
+            hint = config_lib.nearest(name, STAGES)
+            raise UserError(f"stages: no stage {name!r}; {hint}")
+    mesh = sharding.make_mesh(config.mesh)
+    for name in STAGES:
+        section = config[f"{name}_stage"]
+        own = section.batch_size is not None
+        sharding.check_batch_size(
+            f"{name}_stage.batch_size" if own else "batch_size",
+            stage_lib.batch_size(section, config),
+            mesh,
+            section.micro_batches,
+        )
+    model_lib.build_autoencoder(config)
+    if workdir_lib.config_path(workdir).exists():
+        changed = config_lib.differences(workdir_lib.read_config(workdir), config)
+        if changed:
+            raise UserError(
+                f"--workdir: {workdir} holds a run with another config ({changed});"
+                " choose another --workdir, or take these values back"
+            )
+    return mesh
+
+
+def make_tokenizers(
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    source: sources.Source,
+) -> dict[str, Any]:
+    """The conditioners' tokenizers; stored in the workdir, and taken from there."""
+    for name, section in config.conditioners.items():
+        folder = workdir_lib.tokenizer_path(workdir, name)
+        if "tokenizer" not in section or folder.exists():
+            continue
+        if section.tokenizer.train_vocab_size:
+            tokenizer = tokenizers.train_wordpiece(
+                source.fields[section.field].tolist(),
+                section.tokenizer.train_vocab_size,
+            )
+        else:
+            tokenizer = tokenizers.load(section.tokenizer.name)
+        if jax.process_index() == 0:
+            partial = folder.with_name(f".{name}")
+            tokenizer.save_pretrained(partial)
+            partial.rename(folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"tokenizer {name}")
+    return dict(workdir_lib.load_tokenizers(workdir, config))
+
+
+def run_stage(
+    config: ml_collections.ConfigDict,
+    stage: stage_lib.Stage,
+    mesh: jax.sharding.Mesh,
+    workdir: pathlib.Path,
+    stop: StopSignal,
+    started: float,
+) -> train_state.TrainState | None:
+    """Trains one stage to its end, from its newest checkpoint; None if told to stop."""
+    section, steps = stage.section, stage.section.steps
+    batch_size = stage_lib.batch_size(section, config)
+    every = config.report
+
+    # ---- Abstract state, then the newest checkpoint or a fresh one --------------
+    tx, schedule = optim.make_optimizer(section.optim, steps)
+
+    def create(key):
+        return train_state.create(stage.init(key), tx, section.ema_decay)
+
+    key = train_state.step_key(config.seed, 0, train_state.INIT)
+    abstract = jax.eval_shape(create, key)
+    shardings = sharding.tree_shardings(abstract, mesh)
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        shardings,
+    )
+    for path in sharding.unsharded(abstract.params, mesh):
+        report.say(f"{stage.name}: {path} is replicated, no dimension fits mesh.fsdp")
+    saved = checkpoint.Checkpoints(workdir / stage.name, every.max_to_keep)
+    restored = saved.restore_newest(abstract)
+    if restored is None:
+        state = jax.jit(create, out_shardings=shardings)(key)
+    else:
+        state, meta = restored
+        if meta["complete"]:
+            report.say(f"{stage.name}: finished at step {meta['step']}, kept as it is")
+            return state
+    first_step = int(state.step)
+    report.say(
+        f"{stage.name}: {report.count(abstract.params) / 1e6:.2f}M parameters,"
+        f" {steps} steps of {batch_size} images, {len(stage.train_source)} pictures"
+        + (f", going on from step {first_step}" if first_step else "")
+    )
+
+    # ---- Data, compiled step ----------------------------------------------------
+    rows = sharding.batch_sharding(mesh)
+    batches = pipeline.prefetch_to_device(
+        pipeline.train_batches(
+            stage.train_source,
+            batch_size=batch_size,
+            seed=config.seed,
+            start_step=first_step,
+            ops=stage.ops,
+            fields=stage.fields,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ),
+        rows,
+        size=2,
+    )
+    heldout = list(
+        pipeline.eval_batches(
+            stage.heldout_source,
+            batch_size=batch_size,
+            ops=stage.ops,
+            fields=stage.fields,
+            limit=every.eval_images,
+        )
+    )
+    frozen = jax.device_put(stage.frozen, sharding.replicated(mesh))
+    step_fn = jax.jit(
+        stage_lib.make_step(
+            stage.loss,
+            tx,
+            seed=config.seed,
+            micro_batches=section.micro_batches,
+            ema_decay=section.ema_decay,
+        ),
+        in_shardings=(shardings, sharding.replicated(mesh), rows),
+        out_shardings=(shardings, None),
+        donate_argnums=0,
+    )
+    evaluate = stage_lib.make_evaluate(stage.loss, config.seed)
+    batch = next(batches)
+    began = time.monotonic()
+    step_fn = step_fn.lower(state, frozen, batch).compile()
+    report.say(f"{stage.name}: compiled in {time.monotonic() - began:.1f} s")
+
+    dashboard = report.Dashboard(workdir, stage.name, every.profile)
+    dashboard.start(config, abstract.params)
+
+    def evaluated(step):
+        params = train_state.averaged(state)
+        pairs = [evaluate(params, frozen, b, i) for i, b in enumerate(heldout)]
+        values = report.mean_metrics(pairs)
+        dashboard.scalars(step, {f"heldout/{k}": v for k, v in values.items()})
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        report.say(f"{stage.name} {step}/{steps}  held-out: {shown}")
+
+    def pictured(step):
+        dashboard.images(step, stage.panels(train_state.averaged(state), frozen))
+
+    def save(step, **facts):
+        meta = {"step": step, "complete": step == steps, "versions": versions()}
+        saved.save(state, meta | facts)
+
+    # ---- Steps. Order: update, log, evaluate, look, save. -----------------------
+    progress = report.Progress(stage.name, first_step, steps, batch_size)
+    pending, stopped = [], False
+    try:
+        for step in range(first_step + 1, steps + 1):
+            state, metrics = step_fn(state, frozen, batch)
+            if step < steps:
+                batch = next(batches)
+            pending.append(metrics)
+            if step == first_step + 1 and started:
+                jax.block_until_ready(metrics)
+                seconds = time.monotonic() - started
+                report.say(f"{stage.name}: first step {seconds:.1f} s after the start")
+            dashboard.step(step)
+            stopped = stop.at(step)
+            last = step == steps or stopped
+            if step % every.log_steps == 0 or last:
+                values = report.mean_metrics(pending)
+                if not np.isfinite(values["loss"]):
+                    raise UserError(
+                        f"{stage.name}_stage.optim.learning_rate:"
+                        f" {section.optim.learning_rate}, and the loss is"
+                        f" {values['loss']} by step {step}; lower it or set"
+                        " optim.clip_norm=1.0, then run again from the last checkpoint"
+                    )
+                values["learning_rate"] = float(schedule(step - 1))
+                values |= progress.line(step, values, batches.waited)
+                dashboard.scalars(step, {f"train/{k}": v for k, v in values.items()})
+                pending = []
+            if stopped and step < steps:
+                save(step)
+                report.say(f"{stage.name}: stopped at step {step}, all is saved; the")
+                report.say("same command goes on from here")
+                return None
+            if step % every.eval_steps == 0 or step == steps:
+                evaluated(step)
+            if step % every.image_steps == 0 or step == steps:
+                pictured(step)
+            if step == steps:
+                save(step, **stage.finish(train_state.averaged(state)))
+            elif step % every.checkpoint_steps == 0:
+                save(step)
+    finally:
+        batches.close()
+        dashboard.close()
+        saved.close()
+    return state
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was made with."""
+    import flax
+    import optax
+    import orbax.checkpoint
+
+    import ldm_jax
+
+    modules = (jax, flax, optax, orbax.checkpoint, ldm_jax)
+    return {module.__name__: module.__version__ for module in modules}
+
+
+def train(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, started: float = 0.0
+) -> bool:
+    """Runs the stages of `config` in order; True when all are done.
+
+    Whatever is finished in `workdir` is kept, whatever is half-done goes on, and the
+    result is the same, bit for bit, as that of a run that was never stopped.
+    """
+    # ---- Checks: nothing is written before they pass ----------------------------
+    report.setup_logging()
+    mesh = check(config, workdir)
+    stop = StopSignal()
+    devices = jax.devices()
+    report.say(
+        f"{config.preset or 'run'} in {workdir}: stages {', '.join(config.stages)};"
+        f" {len(devices)} {devices[0].device_kind} device(s) in"
+        f" {jax.process_count()} process(es), mesh {dict(mesh.shape)}"
+    )
+
+    # ---- Data, workdir, nets ----------------------------------------------------
+    train_source, heldout_source = sources.load_splits(config.data, config.resolution)
+    report.say(
+        f"data {config.data.source}: {len(train_source)} pictures to train on,"
+        f" {len(heldout_source)} held out, {config.resolution} pixels"
+    )
+    if jax.process_index() == 0 and not workdir_lib.config_path(workdir).exists():
+        workdir_lib.write_text(
+            workdir_lib.config_path(workdir), config_lib.to_json(config)
+        )
+    tokenizer_of = make_tokenizers(config, workdir, train_source)
+    model = model_lib.build(config, tokenizer_of)
+
+    # ---- Stages -----------------------------------------------------------------
+    for name in config.stages:
+        if name == "autoencoder":
+            stage = step_autoencoder.make_stage(
+                config, model.autoencoder, train_source, heldout_source
+            )
+        else:
+            step_diffusion.check_weights(model)
+            first_stage = sample.load_first_stage(workdir, config)
+            stage = step_diffusion.make_stage(
+                config, model, first_stage, train_source, heldout_source
+            )
+        state = run_stage(config, stage, mesh, workdir, stop, started)
+        started = 0.0
+        if state is None:
+            return False
+        del state, stage
+
+    # ---- What came out ----------------------------------------------------------
+    if "diffusion" in config.stages:
+        run_report.write(workdir, train_source, heldout_source)
+    report.say(f"peak memory {report.peak_memory_gb():.1f} GB")
+    return True

@@ -1,0 +1,141 @@
+"""What a person sees of a run: console lines, TensorBoard, and how long is left."""
+
+import logging
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from clu import metric_writers, parameter_overview, periodic_actions
+
+from ldm_jax import config as config_lib
+from ldm_jax import picture
+from ldm_jax.train.state import Metrics
+
+
+def say(line: str) -> None:
+    """Prints one line, on the first process only."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def setup_logging() -> None:
+    """Warnings in one line each; orbax and absl only where something is wrong."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    for name in ("absl", "orbax", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def duration(seconds: float) -> str:
+    """12s, 3m05s, 2h07m."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02d}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
+
+
+def count(tree: Any) -> int:
+    """Number of parameters in a tree of (abstract) arrays."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def peak_memory_gb() -> float:
+    """Peak resident memory of this process."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def mean_metrics(steps: Sequence[Metrics]) -> dict[str, float]:
+    """Pools (sum, count) pairs; a metric without any count is left out."""
+    totals: dict[str, np.ndarray] = {}
+    for metrics in jax.device_get(list(steps)):
+        for name, pair in metrics.items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
+    return {k: float(total / n) for k, (total, n) in sorted(totals.items()) if n}
+
+
+class Dashboard:
+    """TensorBoard of one stage through CLU writers."""
+
+    def __init__(self, workdir: pathlib.Path, stage: str, profile: bool):
+        logdir = workdir / "logs" / stage
+        self._workdir, self._stage = workdir, stage
+        self._writer = metric_writers.create_default_writer(
+            str(logdir), just_logging=jax.process_index() > 0, asynchronous=True
+        )
+        self._profile = None
+        if profile:
+            self._profile = periodic_actions.Profile(
+                logdir=str(logdir), num_profile_steps=5, first_profile=10
+            )
+
+    def start(self, config: ml_collections.ConfigDict, params: Any) -> None:
+        """Hyperparameters and the table of parameters."""
+        flat = config_lib.flatten(config)
+        simple = {
+            k: v if isinstance(v, bool | int | float | str) else repr(v)
+            for k, v in flat.items()
+        }
+        self._writer.write_hparams(simple)
+        table = parameter_overview.get_parameter_overview(params, include_stats=False)
+        self._writer.write_texts(0, {"parameters": f"```\n{table}\n```"})
+
+    def step(self, step: int) -> None:
+        """Lets a profile start or end, if one was asked for."""
+        if self._profile is not None:
+            self._profile(step)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes numbers."""
+        self._writer.write_scalars(step, values)
+
+    def images(self, step: int, panels: Mapping[str, np.ndarray]) -> None:
+        """Writes pictures in [-1, 1], to TensorBoard and as PNG grids."""
+        panels = {name: picture.to_uint8(x) for name, x in panels.items()}
+        self._writer.write_images(step, panels)
+        if jax.process_index() == 0:
+            for name, x in panels.items():
+                path = self._workdir / "pictures" / f"{self._stage}_{name}.png"
+                picture.save(picture.grid(x), path)
+
+    def close(self) -> None:
+        """Writes out what is left."""
+        self._writer.flush()
+        self._writer.close()
+
+
+class Progress:
+    """One line per log period: step, loss, images/s, wait on data, time left."""
+
+    def __init__(self, stage: str, first_step: int, steps: int, batch_size: int):
+        self._stage, self._steps, self._batch_size = stage, steps, batch_size
+        self._began = self._last = time.monotonic()
+        self._first_step = self._last_step = first_step
+        self._waited = 0.0
+
+    def line(
+        self, step: int, values: Mapping[str, float], waited: float
+    ) -> dict[str, float]:
+        """Prints the line of `step`; returns its rates for the dashboard."""
+        now = time.monotonic()
+        seconds = max(now - self._last, 1e-9)
+        rate = (step - self._last_step) * self._batch_size / seconds
+        wait = (waited - self._waited) / seconds
+        per_step = (now - self._began) / max(step - self._first_step, 1)
+        shown = "  ".join(
+            f"{name} {values[name]:.4g}" for name in ("loss", "psnr") if name in values
+        )
+        say(
+            f"{self._stage} {step}/{self._steps}  {shown}  {rate:.1f} images/s"
+            f"  waiting on data {wait:.0%}"
+            f"  {duration(per_step * (self._steps - step))} left"
+        )
+        self._last, self._last_step, self._waited = now, step, waited
+        return {"images_per_second": rate, "data_wait": wait}

@@ -1,0 +1,176 @@
+"""Stage two: the denoising net and its trained conditioners, in the latent space."""
+
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from ldm_jax import first_stage as first_stage_lib
+from ldm_jax import model as model_lib
+from ldm_jax import sample
+from ldm_jax.conditioning import conditioners as conditioning
+from ldm_jax.config import UserError
+from ldm_jax.data import pipeline, sources
+from ldm_jax.diffusion import objective
+from ldm_jax.train.stage import Stage
+
+NAME = "diffusion"
+
+# Purposes of a step's key.
+LATENT, CONDITION, NOISE, DROPOUT = range(4)
+
+
+def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDict):
+    """`loss(params, frozen, batch, key, deterministic=False) -> (loss, metrics)`.
+
+    The batch holds `moments`, or `image` to be encoded here, and one prepared field
+    for each conditioner.
+    """
+    settings = section.loss
+
+    def loss(params, frozen, batch, key, deterministic=False):
+        keys = [jax.random.fold_in(key, purpose) for purpose in range(4)]
+        first_stage = frozen["first_stage"]
+        if "moments" in batch:
+            moments = batch["moments"]
+        else:
+            moments = first_stage_lib.encode_moments(
+                model.autoencoder, first_stage.params, batch["image"]
+            )
+        z = first_stage_lib.sample_moments(first_stage, moments, keys[LATENT])
+        cond = conditioning.encode(
+            model.conditioners,
+            params["conditioners"],
+            batch,
+            key=None if deterministic else keys[CONDITION],
+        )
+
+        def apply(z_t, t, cond):
+            dropout_key = None if deterministic else keys[DROPOUT]
+            return model_lib.apply_unet(
+                model, params["unet"], z_t, t, cond, dropout_key
+            )
+
+        return objective.diffusion_loss(
+            apply,
+            model.schedule,
+            z,
+            cond,
+            keys[NOISE],
+            parameterization=model.parameterization,
+            loss_type=settings.loss_type,
+            logvar=params.get("logvar"),
+            l_simple_weight=settings.l_simple_weight,
+            original_elbo_weight=settings.original_elbo_weight,
+            mask=batch.get("_mask"),
+        )
+
+    return loss
+
+
+def check_weights(model: model_lib.LatentDiffusion) -> None:
+    """A conditioner that is not trained needs weights from somewhere."""
+    for name, conditioner in model.conditioners.items():
+        if not conditioner.trainable:
+            raise UserError(
+                f"conditioners.{name}.trainable: False, but a frozen net needs"
+                " pretrained weights, which this version can't import yet; set it to"
+                " True to train it from scratch"
+            )
+
+
+def prepare_fields(
+    model: model_lib.LatentDiffusion, source: sources.Source
+) -> dict[str, np.ndarray]:
+    """One array per conditioner, made from the source field that it reads."""
+    fields = {}
+    for name, conditioner in model.conditioners.items():
+        if conditioner.field not in source.fields:
+            raise UserError(
+                f"conditioners.{name}.field: {conditioner.field!r} is not in the data,"
+                f" which has {', '.join(source.fields)}"
+            )
+        fields[name] = conditioner.prepare(source.fields[conditioner.field].tolist())
+    return fields
+
+
+def encode_source(
+    model: model_lib.LatentDiffusion,
+    first_stage: first_stage_lib.FirstStage,
+    source: sources.Source,
+    ops: Any,
+    batch: int = 64,
+) -> np.ndarray:
+    """The posterior's moments of every image, float32 [n, h, w, 2c]."""
+    encode = jax.jit(
+        lambda x: first_stage_lib.encode_moments(
+            model.autoencoder, first_stage.params, x
+        )
+    )
+    rows = []
+    for x in pipeline.eval_batches(
+        source, batch_size=batch, ops=ops, fields=("image",)
+    ):
+        rows.append(np.asarray(encode(x["image"]))[x["_mask"] > 0])
+    return np.concatenate(rows)
+
+
+def panel_prompts(
+    config: ml_collections.ConfigDict, source: sources.Source
+) -> list[str]:
+    """Captions of the pictures that training shows: `report.prompts`, or eight."""
+    if config.report.prompts:
+        return list(config.report.prompts)
+    if "caption" not in source.fields:
+        return [""] * 8
+    every = max(len(source) // 8, 1)
+    return source.fields["caption"][::every][:8].tolist()
+
+
+def make_stage(
+    config: ml_collections.ConfigDict,
+    model: model_lib.LatentDiffusion,
+    first_stage: first_stage_lib.FirstStage,
+    train_source: sources.Source,
+    heldout_source: sources.Source,
+) -> Stage:
+    """The stage of `config.diffusion_stage` behind a finished first stage."""
+    section, ops = config.diffusion_stage, config.data.ops
+    prompts = panel_prompts(config, train_source)
+    prepared = []
+    for source in (train_source, heldout_source):
+        fields = prepare_fields(model, source)
+        if section.cache_latents:
+            fields["moments"] = encode_source(model, first_stage, source, ops)
+        else:
+            fields["image"] = source.fields["image"]
+        prepared.append(sources.Source(fields, source.attribution))
+
+    def panels(params, frozen):
+        drawn = sample.draw(
+            model,
+            params,
+            frozen["first_stage"],
+            {name: c.prepare(prompts) for name, c in model.conditioners.items()},
+            steps=config.sample.steps,
+            guidance_scale=config.sample.guidance_scale,
+            trajectory=True,
+        )
+        row = drawn.trajectory[0]
+        every = max(len(row) // 8, 1)
+        return {"samples": drawn.images, "denoising": row[::-every][:8][::-1]}
+
+    return Stage(
+        name=NAME,
+        section=section,
+        init=lambda key: model_lib.init_diffusion(config, model, key),
+        loss=make_loss(model, section),
+        frozen={"first_stage": first_stage},
+        train_source=prepared[0],
+        heldout_source=prepared[1],
+        ops=() if section.cache_latents else ops,
+        fields=tuple(prepared[0].fields),
+        panels=panels,
+        finish=lambda params: {},
+    )
