@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         workdir = pathlib.Path(args.workdir)
         config = workdir_lib.read_config(workdir)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         try:
             from ldm_jax.data import sources
             from ldm_jax.evaluate import run_report

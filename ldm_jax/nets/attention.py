@@ -134,7 +134,7 @@ class SpatialTransformer(nn.Module):
         block = BasicTransformerBlock
         if self.remat:
             block = nn.remat(block)
-        for depth, tokens in enumerate(contexts):
+        for depth, tokens in enumerate(contexts[: self.depth]):
             h = block(
                 self.heads,
                 self.dim_head,

@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         name = f"{pathlib.Path(args.config.partition(':')[0]).stem}-{config.preset}"
         workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
         try:
             from ldm_jax.train import distributed, loop
         except ModuleNotFoundError as error:

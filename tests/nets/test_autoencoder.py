@@ -87,6 +87,9 @@ def test_decode_is_conv_out_of_decode_features(tanh_out):
     assert features.shape == (1, 8, 8, 32)
     out = net.apply(variables, features, method="conv_out")
     np.testing.assert_array_equal(out, image)
+    plain = autoencoder.AutoencoderKL(**TINY).apply(variables, z, method="decode")
+    expected = jnp.tanh(plain) if tanh_out else plain
+    np.testing.assert_allclose(image, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

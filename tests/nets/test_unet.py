@@ -140,11 +140,13 @@ def test_disabled_self_attention_looks_at_the_context():
 
 
 def test_context_list_gives_each_block_its_own():
-    options = CROSS | dict(transformer_depth=2, context_dim=(8, 6))
-    net = unet.UNet(**options, sequential_crossattn=True)
+    options = CROSS | dict(transformer_depth=(1, 2), context_dim=(8, 6))
+    options |= dict(attention_resolutions=(1, 2), sequential_crossattn=True)
+    net = unet.UNet(**options)
     shapes = compvis.abstract_params(net, **net.abstract_inputs())
     assert shapes["mid_attn/block_0/attn2/to_k/kernel"][0] == 8
     assert shapes["mid_attn/block_1/attn2/to_k/kernel"][0] == 6
+    assert not any(path.startswith("down_0_attn_0/block_1") for path in shapes)
 
 
 @pytest.mark.parametrize("legacy", [True, False])
