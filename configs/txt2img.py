@@ -153,7 +153,7 @@ def openmoji() -> ConfigDict:
             init_logvar=-6.0,
         )
     )
-    config.autoencoder_stage.update(dict(steps=4000, batch_size=8, ema_decay=0.995))
+    config.autoencoder_stage.update(dict(steps=3000, batch_size=8, ema_decay=0.995))
     config.autoencoder_stage.optim.update(
         dict(
             learning_rate=2e-3,
@@ -172,7 +172,7 @@ def openmoji() -> ConfigDict:
             trainable=True,
             dropout=0.1,
             tokenizer=dict(name=None, train_vocab_size=2048),
-            length=16,
+            length=20,
             net=dict(kind="transformer", dim=128, depth=1),
         )
     )
@@ -181,7 +181,7 @@ def openmoji() -> ConfigDict:
         dict(
             in_channels=8,
             out_channels=8,
-            model_channels=96,
+            model_channels=64,
             channel_mult=(1, 2),
             num_res_blocks=1,
             attention_resolutions=(1, 2),
@@ -193,10 +193,10 @@ def openmoji() -> ConfigDict:
             legacy=False,
         )
     )
-    config.diffusion_stage.update(dict(steps=3000, batch_size=32, ema_decay=0.998))
+    config.diffusion_stage.update(dict(steps=4000, batch_size=32, ema_decay=0.998))
     config.diffusion_stage.optim.update(
         dict(
-            learning_rate=1e-3,
+            learning_rate=2e-3,
             schedule="cosine",
             final_fraction=0.02,
             warmup_steps=100,

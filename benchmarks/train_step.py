@@ -1,0 +1,138 @@
+"""python -m benchmarks.train_step
+
+Times one training step of both stages of a preset on arrays made on the spot, without
+data, logging or checkpoints. Where torch and diffusers are installed, nets of the same
+size run turn by turn with it. GFLOP/s are XLA's count of the program before it is
+optimized, over the median.
+"""
+
+import argparse
+import importlib.util
+import time
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from benchmarks import common
+from ldm_jax import config as config_lib
+from ldm_jax import model as model_lib
+from ldm_jax.train import (
+    optim,
+    report,
+    stage,
+    state,
+    step_autoencoder,
+    step_diffusion,
+)
+
+
+class Step:
+    """A compiled training step that goes on from its own last state."""
+
+    def __init__(self, section, loss, params, frozen, batch):
+        tx, _ = optim.make_optimizer(section.optim, section.steps)
+        step = stage.make_step(
+            loss,
+            tx,
+            seed=0,
+            micro_batches=section.micro_batches,
+            ema_decay=section.ema_decay,
+        )
+        self.parameters = report.count(params)
+        self._state = state.create(params, tx, section.ema_decay)
+        self._inputs = jax.device_put((frozen, batch))
+        lowered = jax.jit(step, donate_argnums=0).lower(self._state, *self._inputs)
+        self.flops = lowered.cost_analysis()["flops"]
+        began = time.perf_counter()
+        self._step = lowered.compile()
+        self.compile_seconds = time.perf_counter() - began
+
+    def __call__(self):
+        self._state, metrics = self._step(self._state, *self._inputs)
+        return metrics
+
+
+def autoencoder(
+    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion, b: int
+) -> Step:
+    """The step of stage one."""
+    section, net = config.autoencoder_stage, model.autoencoder
+    params = model_lib.init_autoencoder(config, net, jax.random.key(0))
+    side = config.resolution
+    x = jax.random.uniform(jax.random.key(1), (b, side, side, 3), minval=-1.0)
+    loss = step_autoencoder.make_loss(net, section)
+    return Step(section, loss, params, {}, {"image": x})
+
+
+def diffusion(
+    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion, b: int
+) -> Step:
+    """The step of stage two, on latents that were encoded before."""
+    section, (h, w, c) = config.diffusion_stage, model.latent_shape
+    params = model_lib.init_diffusion(config, model, jax.random.key(0))
+    frozen = {"first_stage": common.first_stage(config, model)}
+    mean = jax.random.normal(jax.random.key(1), (b, h, w, c))
+    moments = jnp.concatenate([mean, jnp.full_like(mean, -6)], axis=-1)
+    batch = {"moments": moments, **common.captions(model, b)}
+    loss = step_diffusion.make_loss(model, section)
+    return Step(section, loss, params, frozen, batch)
+
+
+def references(name: str, model: model_lib.LatentDiffusion, side: int, b: int) -> dict:
+    """{"torch": (step, parameters)} of the stage, or {} without torch and diffusers."""
+    if not all(map(importlib.util.find_spec, ("torch", "diffusers"))):
+        return {}
+    from benchmarks import torch_steps
+
+    if name == "autoencoder":
+        return {"torch": torch_steps.autoencoder(model, side, b)}
+    tokens = sum(x.shape[1] for x in common.captions(model, 1).values())
+    return {"torch": torch_steps.unet(model, tokens, b)}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", default=common.default_config())
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--batch_size", type=int, help="default: the stage's own")
+    parser.add_argument("--no_torch", action="store_true")
+    args, overrides = parser.parse_known_args()
+    with config_lib.exit_on_user_error():
+        config = common.load(args.config, overrides)
+        model = common.build(config)
+    print(common.environment("flax", "optax") + "\n")
+    head = ("Net", "Parameters", "Batch", "Compile s", "Step ms", "Images/s", "GFLOP/s")
+    print(f"| {' | '.join(head)} | Time over torch's |\n|{' --- |' * (len(head) + 1)}")
+    for name, make in (("autoencoder", autoencoder), ("diffusion", diffusion)):
+        b = args.batch_size or stage.batch_size(config[f"{name}_stage"], config)
+        step = make(config, model, b)
+        others = {}
+        if not args.no_torch:
+            others = references(name, model, config.resolution, b)
+        calls = {"ldm_jax": step, **{k: call for k, (call, _) in others.items()}}
+        medians = common.interleaved(calls, args.repetitions)
+        own = medians["ldm_jax"]
+        ratio = f"{own / medians['torch']:.2f}" if others else ""
+        print(
+            f"| {name} | {step.parameters / 1e6:.2f}M | {b} |"
+            f" {step.compile_seconds:.1f} | {own * 1e3:.1f} | {b / own:.1f} |"
+            f" {step.flops / own / 1e9:.1f} | {ratio} |"
+        )
+        for other, (_, parameters) in others.items():
+            t = medians[other]
+            print(
+                f"| {name}, {other} | {parameters / 1e6:.2f}M | {b} | | {t * 1e3:.1f} |"
+                f" {b / t:.1f} | {step.flops / t / 1e9:.1f} | |",
+                flush=True,
+            )
+        if not all(np.isfinite(float(v[0])) for v in step().values()):
+            raise SystemExit(f"{name}: the step gave a number that is not finite")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,145 @@
+"""Every preset of every file in configs/: it builds, and its `debug` runs whole."""
+
+import importlib.util
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+import ldm_jax
+from ldm_jax import model as model_lib
+from ldm_jax.conditioning import tokenizers
+from ldm_jax.evaluate import __main__ as evaluate_main
+from ldm_jax.train import checkpoint, loop, sharding
+
+FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+def _module(path):
+    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PRESETS = [
+    pytest.param(path, preset, id=f"{path.stem}:{preset}")
+    for path in FILES
+    for preset in _module(path).PRESETS
+]
+
+
+@pytest.fixture(scope="module")
+def small_tokenizer():
+    """In place of those that would be downloaded: variants know their own size."""
+    return tokenizers.train_wordpiece(["a red circle", "a blue square"], 64)
+
+
+def _shapes(config, tokenizer):
+    """(autoencoder, diffusion params and conditioners' params) of a config, unbuilt."""
+    model = model_lib.build(config, dict.fromkeys(config.conditioners, tokenizer))
+    key = jax.random.key(0)
+
+    def init(key):
+        first = model_lib.init_autoencoder(config, model.autoencoder, key)
+        frozen = model_lib.conditioning.init(model.conditioners, key)
+        return first, model_lib.init_diffusion(config, model, key), frozen
+
+    return model, jax.eval_shape(init, key)
+
+
+def _millions(tree):
+    return round(sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6, 2)
+
+
+@pytest.mark.parametrize(("path", "preset"), PRESETS)
+def test_every_preset_builds(path, preset, small_tokenizer):
+    config = _module(path).get_config(preset)
+    assert config.preset == preset
+    model, (first, second, _) = _shapes(config, small_tokenizer)
+    assert set(second["conditioners"]) == {
+        name for name, c in model.conditioners.items() if c.trainable
+    }
+    h, w, c = model.latent_shape
+    assert h == w < config.resolution
+    assert first["autoencoder"]["quant_conv"]["kernel"].shape[-1] == 2 * c
+    assert second["unet"]["conv_out"]["kernel"].shape[-1] == c
+
+
+@pytest.mark.parametrize(
+    ("preset", "autoencoder", "unet", "text"),
+    [
+        ("ldm_1p4b", 83.65, 872.30, 581.99 - 30522 * 1281 / 1e6),
+        ("cc256", 55.31, 403.62, 186.15 - 30522 * 641 / 1e6),
+        ("sd1", 83.65, 859.52, 123.06),
+        ("sd2", 83.65, 865.91, 340.39),
+        ("sd2_v", 83.65, 865.91, 340.39),
+    ],
+)
+def test_txt2img_presets_have_the_published_sizes(
+    preset, autoencoder, unet, text, small_tokenizer
+):
+    """torch_ldm 3.6; the text transformer lacks the reference's unused to_logits."""
+    path = next(path for path in FILES if path.stem == "txt2img")
+    config = _module(path).get_config(preset)
+    _, (first, second, text_params) = _shapes(config, small_tokenizer)
+    assert _millions(first["autoencoder"]) == autoencoder
+    assert _millions(second["unet"]) == unet
+    assert _millions(text_params["text"]) == pytest.approx(text, abs=0.0051)
+
+
+@pytest.mark.parametrize(("path", "preset"), PRESETS)
+@pytest.mark.parametrize("fsdp", [2, 8])
+def test_no_large_parameter_is_left_replicated(path, preset, fsdp, small_tokenizer):
+    config = _module(path).get_config(preset)
+    config.mesh.update(dict(data=-1, fsdp=fsdp, tensor=1))
+    mesh = sharding.make_mesh(config.mesh)
+    _, trees = _shapes(config, small_tokenizer)
+    assert sharding.unsharded(trees, mesh) == []
+
+
+def _snapshot(workdir):
+    return {
+        path.relative_to(workdir): path.stat().st_mtime_ns
+        for stage in ("autoencoder", "diffusion")
+        for path in (workdir / stage).rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_debug_preset_trains_samples_and_is_scored(path, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    config = _module(path).get_config("debug")
+    assert loop.train(config, workdir)
+    out = capsys.readouterr().out
+    for stage in config.stages:
+        assert f"{stage} 2/2" in out
+        steps = checkpoint.Checkpoints(workdir / stage).steps()
+        assert steps[0] == config[f"{stage}_stage"].steps
+
+    model = ldm_jax.load(workdir)
+    images = model.sample(["a red circle on blue", "a cross"], steps=2)
+    assert images.dtype == np.uint8
+    assert images.shape == (2, config.resolution, config.resolution, 3)
+    assert not np.array_equal(images[0], images[1])
+
+    before = _snapshot(workdir)
+    assert loop.train(config, workdir)
+    out = capsys.readouterr().out
+    for stage in config.stages:
+        assert f"{stage}: finished at step 2, kept as it is" in out
+    assert "1/2" not in out
+    assert _snapshot(workdir) == before
+
+    (workdir / "report.json").unlink()
+    evaluate_main.main([f"--workdir={workdir}"])
+    assert "PSNR" in capsys.readouterr().out
+    scores = json.loads((workdir / "report.json").read_text())
+    held_out = scores["reconstruction, held out"]
+    assert held_out["images"] == config.report.eval_images
+    assert np.isfinite(held_out["psnr"])
+    assert (workdir / "pictures" / "samples_training.png").stat().st_size > 0
