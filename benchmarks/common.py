@@ -19,16 +19,21 @@ from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import model as model_lib
 from ldm_jax.conditioning import tokenizers
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+LOAD = os.getloadavg()[0]  # what others did when this began
+
 
 def environment(*packages: str) -> str:
-    """Cores, memory, devices and versions: what a figure must be read with."""
+    """Cores, memory, devices, load and versions: what a figure must be read with."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = [f"Python {platform.python_version()}"]
     versions += [f"{name} {metadata.version(name)}" for name in ("jax", *packages)]
     return (
         f"{cores or os.cpu_count()} cores, {memory:.0f} GiB, {len(jax.devices())} x"
-        f" {jax.devices()[0].device_kind}; {', '.join(versions)}"
+        f" {jax.devices()[0].device_kind}, load {LOAD:.1f} before;"
+        f" {', '.join(versions)}"
     )
 
 
@@ -89,4 +94,5 @@ def interleaved(
 
 def default_config() -> str:
     """The preset that the README trains, found from wherever this is run."""
-    return str(pathlib.Path(__file__).resolve().parents[1] / "configs" / "txt2img.py")
+    path = pathlib.Path(__file__).resolve().parents[1] / "configs" / "txt2img.py"
+    return os.path.relpath(path)

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -113,6 +114,8 @@ def main() -> None:
         lines.append(line)
     code = process.wait()
     wall, peak = time.monotonic() - began, memory.stop()
+    for folder in ("data", "xla"):
+        shutil.rmtree(scratch / folder, ignore_errors=True)
     if code:
         sys.exit(code)
 

@@ -1,5 +1,6 @@
-"""Training steps of torch nets as large as a preset's, to compare with. Test-only."""
+"""Training steps of torch nets as large as a preset's, to compare with."""
 
+import functools
 from collections.abc import Callable
 
 import diffusers
@@ -7,14 +8,22 @@ import torch
 
 from ldm_jax import model as model_lib
 
+CORES = torch.get_num_threads()
+Steps = dict[str, Callable[[], None]]
 
-def _step(net: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
-    """Forward, backward, clipping, AdamW and an average of all parameters."""
+
+def _steps(net: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Steps:
+    """Forward, backward, clipping, AdamW and an average of all parameters.
+
+    With all cores and with one: where others use the machine, torch's threads wait for
+    each other so long that one alone is faster.
+    """
     params = list(net.parameters())
     average = [p.detach().clone() for p in params]
     optimizer = torch.optim.AdamW(params, lr=1e-4)
 
-    def step():
+    def step(threads):
+        torch.set_num_threads(threads)
         optimizer.zero_grad(set_to_none=True)
         loss().backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -22,7 +31,8 @@ def _step(net: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Callable[[]
         with torch.no_grad():
             torch._foreach_lerp_(average, params, 1e-3)
 
-    return step
+    counts = sorted({CORES, 1})
+    return {f"torch, {n} threads": functools.partial(step, n) for n in counts}
 
 
 def count(net: torch.nn.Module) -> int:
@@ -31,7 +41,7 @@ def count(net: torch.nn.Module) -> int:
 
 
 def autoencoder(model: model_lib.LatentDiffusion, resolution: int, b: int):
-    """(step, parameters) of diffusers' AutoencoderKL with L1 + KL."""
+    """(steps, parameters) of diffusers' AutoencoderKL with L1 + KL."""
     ours = model.autoencoder
     widths = tuple(ours.ch * m for m in ours.ch_mult)
     net = diffusers.AutoencoderKL(
@@ -52,11 +62,11 @@ def autoencoder(model: model_lib.LatentDiffusion, resolution: int, b: int):
         x_hat = net.decode(posterior.sample()).sample
         return (x - x_hat).abs().sum() / b + 1e-6 * posterior.kl().mean()
 
-    return _step(net, loss), count(net)
+    return _steps(net, loss), count(net)
 
 
 def unet(model: model_lib.LatentDiffusion, tokens: int, b: int):
-    """(step, parameters) of diffusers' UNet2DConditionModel with a squared error.
+    """(steps, parameters) of diffusers' UNet2DConditionModel with a squared error.
 
     The text net is left out: its output is an input here.
     """
@@ -86,4 +96,4 @@ def unet(model: model_lib.LatentDiffusion, tokens: int, b: int):
     def loss():
         return (net(z, t, encoder_hidden_states=context).sample - eps).square().mean()
 
-    return _step(net, loss), count(net)
+    return _steps(net, loss), count(net)

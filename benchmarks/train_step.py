@@ -2,8 +2,8 @@
 
 Times one training step of both stages of a preset on arrays made on the spot, without
 data, logging or checkpoints. Where torch and diffusers are installed, nets of the same
-size run turn by turn with it. GFLOP/s are XLA's count of the program before it is
-optimized, over the median.
+size run turn by turn with it, and the fastest of torch's rows counts. GFLOP/s are XLA's
+count of our step before it is optimized, over the median.
 """
 
 import argparse
@@ -80,16 +80,16 @@ def diffusion(
     return Step(section, loss, params, frozen, batch)
 
 
-def references(name: str, model: model_lib.LatentDiffusion, side: int, b: int) -> dict:
-    """{"torch": (step, parameters)} of the stage, or {} without torch and diffusers."""
+def references(name: str, model: model_lib.LatentDiffusion, side: int, b: int):
+    """torch's steps of the stage by name, and its parameters; none without torch."""
     if not all(map(importlib.util.find_spec, ("torch", "diffusers"))):
-        return {}
+        return {}, 0
     from benchmarks import torch_steps
 
     if name == "autoencoder":
-        return {"torch": torch_steps.autoencoder(model, side, b)}
+        return torch_steps.autoencoder(model, side, b)
     tokens = sum(x.shape[1] for x in common.captions(model, 1).values())
-    return {"torch": torch_steps.unet(model, tokens, b)}
+    return torch_steps.unet(model, tokens, b)
 
 
 def main() -> None:
@@ -107,27 +107,24 @@ def main() -> None:
         model = common.build(config)
     print(common.environment("flax", "optax") + "\n")
     head = ("Net", "Parameters", "Batch", "Compile s", "Step ms", "Images/s", "GFLOP/s")
-    print(f"| {' | '.join(head)} | Time over torch's |\n|{' --- |' * (len(head) + 1)}")
+    print(f"| {' | '.join(head)} | Over torch |\n|{' --- |' * (len(head) + 1)}")
     for name, make in (("autoencoder", autoencoder), ("diffusion", diffusion)):
         b = args.batch_size or stage.batch_size(config[f"{name}_stage"], config)
         step = make(config, model, b)
-        others = {}
+        others, torch_parameters = {}, 0
         if not args.no_torch:
-            others = references(name, model, config.resolution, b)
-        calls = {"ldm_jax": step, **{k: call for k, (call, _) in others.items()}}
-        medians = common.interleaved(calls, args.repetitions)
+            others, torch_parameters = references(name, model, config.resolution, b)
+        medians = common.interleaved({"ldm_jax": step, **others}, args.repetitions)
         own = medians["ldm_jax"]
-        ratio = f"{own / medians['torch']:.2f}" if others else ""
-        print(
-            f"| {name} | {step.parameters / 1e6:.2f}M | {b} |"
-            f" {step.compile_seconds:.1f} | {own * 1e3:.1f} | {b / own:.1f} |"
-            f" {step.flops / own / 1e9:.1f} | {ratio} |"
-        )
-        for other, (_, parameters) in others.items():
-            t = medians[other]
+        ratio = f"{own / min(medians[other] for other in others):.2f}" if others else ""
+        for net, t in medians.items():
+            mine = net == "ldm_jax"
+            count = step.parameters if mine else torch_parameters
+            compiled = f"{step.compile_seconds:.1f}" if mine else ""
             print(
-                f"| {name}, {other} | {parameters / 1e6:.2f}M | {b} | | {t * 1e3:.1f} |"
-                f" {b / t:.1f} | {step.flops / t / 1e9:.1f} | |",
+                f"| {name}, {net} | {count / 1e6:.2f}M | {b} |"
+                f" {compiled} | {t * 1e3:.1f} | {b / t:.1f} |"
+                f" {step.flops / t / 1e9:.1f} | {ratio if mine else ''} |",
                 flush=True,
             )
         if not all(np.isfinite(float(v[0])) for v in step().values()):

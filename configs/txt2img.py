@@ -99,7 +99,7 @@ def stage() -> ConfigDict:
     return section
 
 
-def bert(dim: int, depth: int) -> ConfigDict:
+def bert(variant: str) -> ConfigDict:
     """The paper's jointly trained text transformer on BERT's tokens."""
     return ConfigDict(
         dict(
@@ -110,7 +110,7 @@ def bert(dim: int, depth: int) -> ConfigDict:
             dropout=0.1,
             tokenizer=dict(name="bert-base-uncased", train_vocab_size=None),
             length=77,
-            net=dict(kind="transformer", dim=dim, depth=depth),
+            net=dict(kind="transformer", variant=variant),
         )
     )
 
@@ -215,8 +215,11 @@ def debug() -> ConfigDict:
     config.data.options = ConfigDict(dict(count=32))
     config.resolution = 16
     config.batch_size = 8
-    config.autoencoder.update(dict(ch=8, resolution=16))
-    config.unet.update(dict(model_channels=32))
+    config.autoencoder.update(dict(ch=8, ch_mult=(1, 2), resolution=16))
+    config.conditioners.text.net.dim = config.unet.context_dim = 32
+    config.unet.update(
+        dict(model_channels=32, channel_mult=(1,), attention_resolutions=(1,))
+    )
     for section in (config.autoencoder_stage, config.diffusion_stage):
         section.steps = 2
         section.batch_size = None
@@ -229,7 +232,7 @@ def debug() -> ConfigDict:
 def ldm_1p4b() -> ConfigDict:
     """txt2img-1p4B: kl-f8, 872.30M UNet, text transformer of 32 layers, 256 pixels."""
     config = base()
-    config.conditioners.text = bert(1280, 32)
+    config.conditioners.text = bert("bert_1p4b")
     config.unet = ConfigDict(dict(variant="ldm_1p4b", remat=True))
     config.diffusion_stage.optim.learning_rate = 5e-5
     return config
@@ -239,7 +242,7 @@ def cc256() -> ConfigDict:
     """text2img256 on Conceptual Captions, 403.62M UNet; its vq-f4 is a kl-f4 here."""
     config = base()
     config.autoencoder = ConfigDict(dict(variant="kl_f4"))
-    config.conditioners.text = bert(640, 32)
+    config.conditioners.text = bert("bert_cc")
     config.diffusion.update(dict(linear_start=0.0015, linear_end=0.0195))
     config.unet = ConfigDict(dict(variant="cc256"))
     config.diffusion_stage.optim.learning_rate = 5.6e-5

@@ -9,10 +9,12 @@ import ast
 import contextlib
 import difflib
 import importlib.util
+import inspect
 import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import ml_collections
 
@@ -38,6 +40,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"did you mean {close[0]!r}?"
     return f"choose one of {', '.join(known)}"
+
+
+def construct(name: str, make: Callable[..., Any], kwargs: Mapping[str, Any]) -> Any:
+    """`make(**kwargs)` of the config section `name`; UserError where one is unknown."""
+    known = inspect.signature(make).parameters
+    for field in kwargs:
+        if field not in known:
+            raise UserError(f"{name}.{field}: no such option; {nearest(field, known)}")
+    return make(**kwargs)
 
 
 def parse_value(text: str) -> object:

@@ -11,7 +11,7 @@ import ml_collections
 
 from ldm_jax import first_stage
 from ldm_jax.conditioning import conditioners as conditioning
-from ldm_jax.config import UserError, nearest
+from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.diffusion import denoiser, schedules
 from ldm_jax.nets import autoencoder, unet
 
@@ -56,10 +56,8 @@ def kwargs_of(
 def build_autoencoder(config: ml_collections.ConfigDict) -> nn.Module:
     """The first stage of `config.autoencoder`, checked against `config.resolution`."""
     kwargs = kwargs_of("autoencoder", config.autoencoder, autoencoder.VARIANTS)
-    try:
-        net = autoencoder.AutoencoderKL(**kwargs, dtype=compute_dtype(config.dtype))
-    except TypeError as error:
-        raise UserError(f"autoencoder: {error}") from error
+    kwargs["dtype"] = compute_dtype(config.dtype)
+    net = construct("autoencoder", autoencoder.AutoencoderKL, kwargs)
     factor = 2 ** (len(net.ch_mult) - 1)
     if config.resolution % factor:
         near = config.resolution // factor * factor or factor
@@ -78,8 +76,10 @@ def build(
     net = build_autoencoder(config)
     diffusion = config.diffusion.to_dict()
     parameterization = diffusion.pop("parameterization")
+    schedule = construct("diffusion", schedules.make_schedule, diffusion)
     shape = first_stage.latent_shape(net, config.resolution)
     unet_kwargs = kwargs_of("unet", config.unet, unet.VARIANTS)
+    unet_kwargs["dtype"] = compute_dtype(config.dtype)
     if unet_kwargs["out_channels"] != shape[-1]:
         raise UserError(
             f"unet.out_channels: {unet_kwargs['out_channels']}, but the autoencoder's"
@@ -87,9 +87,9 @@ def build(
         )
     return LatentDiffusion(
         autoencoder=net,
-        unet=unet.UNet(**unet_kwargs, dtype=compute_dtype(config.dtype)),
+        unet=construct("unet", unet.UNet, unet_kwargs),
         conditioners=conditioning.build(config.conditioners, tokenizer_of),
-        schedule=schedules.make_schedule(**diffusion),
+        schedule=schedule,
         parameterization=parameterization,
         latent_shape=shape,
     )

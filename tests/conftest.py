@@ -44,3 +44,11 @@ optax.adamw = _lenient(optax.adamw)
 def data_dir(tmp_path_factory):
     """Where prepared data sets of this test session live."""
     return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def fast_compile():
+    """Compiles in a third of the time to slower programs: for what runs a few steps."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

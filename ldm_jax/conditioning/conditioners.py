@@ -12,7 +12,7 @@ import ml_collections
 import numpy as np
 
 from ldm_jax.conditioning import tokenizers
-from ldm_jax.config import UserError, nearest
+from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.nets import text_encoder
 
 SLOTS = ("concat", "context", "vector")
@@ -52,7 +52,15 @@ class Conditioner:
 
 
 def text(
-    *, tokenizer: Any, length: int, net: Mapping[str, Any], null: str = "", **common
+    *,
+    field: str,
+    slot: str,
+    trainable: bool,
+    dropout: float,
+    tokenizer: Any,
+    length: int,
+    net: Mapping[str, Any],
+    null: str = "",
 ) -> Conditioner:
     """A caption through a text transformer; `null` is the text of "no caption"."""
     nets = {
@@ -69,8 +77,16 @@ def text(
     def prepare(captions: Sequence[str]) -> np.ndarray:
         return tokenizers.encode(tokenizer, captions, length)
 
-    module = nets[kind](**net)
-    return Conditioner(net=module, prepare=prepare, null=prepare([null])[0], **common)
+    module = construct("conditioners.*.net", nets[kind], net)
+    return Conditioner(
+        field=field,
+        slot=slot,
+        net=module,
+        trainable=trainable,
+        dropout=dropout,
+        prepare=prepare,
+        null=prepare([null])[0],
+    )
 
 
 CONDITIONERS = {"text": text}
@@ -98,7 +114,9 @@ def build(
             )
         if kind == "text":
             kwargs["tokenizer"] = tokenizer_of[name]
-        conditioners[name] = CONDITIONERS[kind](**kwargs)
+        conditioners[name] = construct(
+            f"conditioners.{name}", CONDITIONERS[kind], kwargs
+        )
     return conditioners
 
 

@@ -83,30 +83,66 @@ def check(
     return mesh
 
 
+def check_pictures(config: ml_collections.ConfigDict, source: sources.Source) -> None:
+    """Looks at one picture: data.ops must leave what config.resolution says."""
+    batches = pipeline.eval_batches(
+        source, batch_size=1, ops=config.data.ops, fields=("image",), limit=1
+    )
+    shape, side = next(batches)["image"].shape[1:], config.resolution
+    if shape[:2] != (side, side):
+        raise UserError(
+            f"data.ops: give pictures of {shape[0]}x{shape[1]}, but resolution is"
+            f" {side}; set the sizes of resize and crop to {side}"
+        )
+
+
 def make_tokenizers(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
     source: sources.Source,
 ) -> dict[str, Any]:
-    """The conditioners' tokenizers; stored in the workdir, and taken from there."""
+    """The conditioners' tokenizers: from the workdir, a hub or folder, or trained."""
+    made = {}
     for name, section in config.conditioners.items():
-        folder = workdir_lib.tokenizer_path(workdir, name)
-        if "tokenizer" not in section or folder.exists():
+        if "tokenizer" not in section:
             continue
-        if section.tokenizer.train_vocab_size:
-            tokenizer = tokenizers.train_wordpiece(
+        stored = workdir_lib.tokenizer_path(workdir, name)
+        if stored.exists():
+            made[name] = tokenizers.load(stored)
+        elif section.tokenizer.train_vocab_size:
+            made[name] = tokenizers.train_wordpiece(
                 source.fields[section.field].tolist(),
                 section.tokenizer.train_vocab_size,
             )
         else:
-            tokenizer = tokenizers.load(section.tokenizer.name)
-        if jax.process_index() == 0:
-            partial = folder.with_name(f".{name}")
-            tokenizer.save_pretrained(partial)
-            partial.rename(folder)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"tokenizer {name}")
-    return dict(workdir_lib.load_tokenizers(workdir, config))
+            made[name] = tokenizers.load(section.tokenizer.name)
+    return made
+
+
+def open_workdir(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    tokenizer_of: dict[str, Any],
+) -> None:
+    """Writes what makes a folder a run; the first write of all, by one process."""
+    if jax.process_index() == 0:
+        try:
+            for name, tokenizer in tokenizer_of.items():
+                folder = workdir_lib.tokenizer_path(workdir, name)
+                if not folder.exists():
+                    partial = folder.with_name(f".{name}")
+                    tokenizer.save_pretrained(partial)
+                    partial.rename(folder)
+            if not workdir_lib.config_path(workdir).exists():
+                workdir_lib.write_text(
+                    workdir_lib.config_path(workdir), config_lib.to_json(config)
+                )
+        except OSError as error:
+            raise UserError(
+                f"--workdir: {workdir} cannot be written ({error}); choose another"
+            ) from error
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("workdir")
 
 
 def run_stage(
@@ -148,11 +184,8 @@ def run_stage(
             report.say(f"{stage.name}: finished at step {meta['step']}, kept as it is")
             return state
     first_step = int(state.step)
-    report.say(
-        f"{stage.name}: {report.count(abstract.params) / 1e6:.2f}M parameters,"
-        f" {steps} steps of {batch_size} images, {len(stage.train_source)} pictures"
-        + (f", going on from step {first_step}" if first_step else "")
-    )
+    if first_step:
+        report.say(f"{stage.name}: going on from step {first_step} of {steps}")
 
     # ---- Data, compiled step ----------------------------------------------------
     rows = sharding.batch_sharding(mesh)
@@ -265,6 +298,30 @@ def run_stage(
     return state
 
 
+def plan(
+    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion, pictures: int
+) -> None:
+    """Says what is about to happen: per stage its size, steps, images and epochs."""
+    key = jax.random.key(0)
+    inits = {
+        "autoencoder": lambda: model_lib.init_autoencoder(
+            config, model.autoencoder, key
+        ),
+        "diffusion": lambda: model_lib.init_diffusion(config, model, key),
+    }
+    for name in config.stages:
+        section = config[f"{name}_stage"]
+        size = stage_lib.batch_size(section, config)
+        try:
+            parameters = report.count(jax.eval_shape(inits[name]))
+        except ValueError as error:  # what a net says of its own options
+            raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
+        report.say(
+            f"plan: {name}, {parameters / 1e6:.2f}M parameters, {section.steps} steps"
+            f" of {size} images, {section.steps * size / pictures:.1f} epochs"
+        )
+
+
 def versions() -> dict[str, str]:
     """What a checkpoint was made with."""
     import flax
@@ -296,18 +353,19 @@ def train(
         f" {jax.process_count()} process(es), mesh {dict(mesh.shape)}"
     )
 
-    # ---- Data, workdir, nets ----------------------------------------------------
+    # ---- Data, nets, workdir ----------------------------------------------------
     train_source, heldout_source = sources.load_splits(config.data, config.resolution)
+    check_pictures(config, train_source)
     report.say(
         f"data {config.data.source}: {len(train_source)} pictures to train on,"
         f" {len(heldout_source)} held out, {config.resolution} pixels"
     )
-    if jax.process_index() == 0 and not workdir_lib.config_path(workdir).exists():
-        workdir_lib.write_text(
-            workdir_lib.config_path(workdir), config_lib.to_json(config)
-        )
     tokenizer_of = make_tokenizers(config, workdir, train_source)
     model = model_lib.build(config, tokenizer_of)
+    if "diffusion" in config.stages:
+        step_diffusion.check_weights(model)
+    plan(config, model, len(train_source))
+    open_workdir(workdir, config, tokenizer_of)
 
     # ---- Stages -----------------------------------------------------------------
     for name in config.stages:
@@ -316,7 +374,6 @@ def train(
                 config, model.autoencoder, train_source, heldout_source
             )
         else:
-            step_diffusion.check_weights(model)
             first_stage = sample.load_first_stage(workdir, config)
             stage = step_diffusion.make_stage(
                 config, model, first_stage, train_source, heldout_source
