@@ -11,8 +11,10 @@ import difflib
 import importlib.util
 import inspect
 import json
+import logging
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +33,16 @@ def exit_on_user_error() -> Iterator[None]:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def setup_logging() -> None:
+    """Warnings in one line each; of the libraries below us only their errors."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
+    for name in ("absl", "orbax", "jax"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.showwarning = lambda message, *_, **__: print(
+        f"warning: {message}", file=sys.stderr
+    )
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,8 +9,6 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -265,10 +263,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="a .png (several prompts make a captioned grid), or a folder for one each",
     )
     args = parser.parse_args(argv)
-    warnings.showwarning = lambda message, *_, **__: print(
-        f"warning: {message}", file=sys.stderr
-    )
     with config_lib.exit_on_user_error():
+        config_lib.setup_logging()
         prompts = read_prompts(args)
         images = load(args.workdir).sample(
             prompts,

@@ -57,7 +57,7 @@ def test_overrides_follow_the_preset():
             r"unet.model_chanels.*did you mean 'unet.model_channels'\?",
         ),
         ("steps.more=3", "steps is a value, not a section"),
-        ("unet=3", "a section; set one of its fields: unet.model_channels"),
+        ("unet=3", "a section; set one of its fields: unet.channel_mult"),
         ("steps=fast", r"'fast' is not of type int \(the default is 10\)"),
         ("steps=1.5", "'1.5' is not of type int"),
         ("flag=1", "'1' is not of type bool"),

@@ -81,7 +81,7 @@ def test_every_preset_builds(path, preset, small_tokenizer):
 def test_txt2img_presets_have_the_published_sizes(
     preset, autoencoder, unet, text, small_tokenizer
 ):
-    """torch_ldm 3.6; the text transformer lacks the reference's unused to_logits."""
+    """As published; the text transformer lacks the reference's unused to_logits."""
     path = next(path for path in FILES if path.stem == "txt2img")
     config = _module(path).get_config(preset)
     _, (first, second, text_params) = _shapes(config, small_tokenizer)

@@ -104,6 +104,8 @@ def folder(split: str, *, path: str, heldout_percent: int = 5) -> Source:
     Splits `train` and `heldout`, by a hash of the file name, so a picture stays on its
     side when others come or go; `all` is both.
     """
+    if not path:
+        raise UserError("data.options.path: empty; give the directory of the pictures")
     root = pathlib.Path(path).expanduser()
     if split not in ("train", "heldout", "all"):
         raise UserError(f"split={split!r}: a folder has train, heldout and all")

@@ -14,6 +14,14 @@ QUARTILES = 4
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
+def check_loss_type(loss_type: str) -> None:
+    """Raises UserError unless `loss_type` is one of LOSS_TYPES."""
+    if loss_type not in LOSS_TYPES:
+        raise UserError(
+            f"loss.loss_type: {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}"
+        )
+
+
 def simple_loss(
     apply: denoiser.Apply,
     schedule: schedules.Schedule,
@@ -30,10 +38,7 @@ def simple_loss(
     `z` and `eps` are [b, …], `t` int32 [b]. `l2` is the squared error (Ho et al. 2020,
     eq. 14), `l1` the absolute one.
     """
-    if loss_type not in LOSS_TYPES:
-        raise UserError(
-            f"loss.loss_type: {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}"
-        )
+    check_loss_type(loss_type)
     target = denoiser.target(parameterization, schedule, z, t, eps)
     out = apply(denoiser.q_sample(schedule, z, t, eps), t, cond)
     error = out.astype(jnp.float32) - target

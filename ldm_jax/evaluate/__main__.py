@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", required=True, help="folder of the training run")
     args = parser.parse_args(argv)
     with config_lib.exit_on_user_error():
+        config_lib.setup_logging()
         workdir = pathlib.Path(args.workdir)
         config = workdir_lib.read_config(workdir)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

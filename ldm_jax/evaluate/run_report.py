@@ -99,10 +99,11 @@ def evaluate(
         count = min(settings.retrieval_captions, len(source))
         found, drawn, captions = retrieval(loaded, source, count)
         scores[f"retrieval, {name} captions"] = found
-        picture.save(
-            picture.grid(drawn[:32], captions[:32]),
-            workdir / "pictures" / f"samples_{name.replace('-', '')}.png",
-        )
+        if jax.process_index() == 0:
+            picture.save(
+                picture.grid(drawn[:32], captions[:32]),
+                workdir / "pictures" / f"samples_{name.replace('-', '')}.png",
+            )
     return scores
 
 
@@ -128,10 +129,10 @@ def write(
     train_source: sources.Source,
     heldout_source: sources.Source,
 ) -> None:
-    """Evaluates a run once, on the first process; says where the pictures are."""
+    """Evaluates a run on every process alike; the first one writes and prints."""
+    scores = evaluate(workdir, train_source, heldout_source)
     if jax.process_index() > 0:
         return
-    scores = evaluate(workdir, train_source, heldout_source)
     workdir_lib.write_text(workdir / "report.json", json.dumps(scores, indent=2) + "\n")
     print(table(scores))
     print(f"pictures: {workdir / 'pictures' / 'samples_training.png'}", flush=True)

@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with config_lib.exit_on_user_error():
         args, overrides = parse(argv)
         config = config_lib.load(args.config, overrides)
+        config_lib.setup_logging()
         name = f"{pathlib.Path(args.config.partition(':')[0]).stem}-{config.preset}"
         workdir = pathlib.Path(args.workdir or pathlib.Path("runs") / name)
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

@@ -9,6 +9,7 @@ the fingerprints find one that was damaged later.
 import contextlib
 import errno
 import logging
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -24,6 +25,9 @@ from ldm_jax.train.state import TrainState
 log = logging.getLogger(__name__)
 
 TREES = ("params", "opt_state", "ema")
+
+# What the system says when no more can be written: disk, quota, limit on file size.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class DamagedError(Exception):
@@ -142,9 +146,13 @@ class Checkpoints:
             ) as manager:
                 restored = manager.restore(step, args=ocp.args.Composite(**args))
                 return dict(restored.items())
-        # What a damaged file raises depends on which one it is and on the storage.
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DamagedError(str(error).splitlines()[0]) from error
+        except (MemoryError, jax.errors.JaxRuntimeError):
+            raise
+        # What a damaged file raises depends on which one it is and on the storage;
+        # orbax makes some of it a bare Exception.
+        except Exception as error:
+            lines = str(error.__cause__ or error).splitlines()
+            raise DamagedError(lines[0] if lines else repr(error)) from error
 
     def restore_newest(
         self, abstract: TrainState
@@ -213,12 +221,9 @@ def _disk_errors(folder: pathlib.Path):
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None:
-            full = isinstance(cause, OSError) and cause.errno in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EFBIG,
-            )
-            if full or "No space left" in str(cause) or "ENOSPC" in str(cause):
+            full = isinstance(cause, OSError) and cause.errno in _FULL
+            # TensorStore raises a ValueError with the system's words in it.
+            if full or any(os.strerror(n) in str(cause) for n in _FULL):
                 raise UserError(
                     f"--workdir: the disk of {folder} is full; what was saved before"
                     " is intact: free some space, then run the same command to go on"

@@ -35,6 +35,12 @@ def initialize() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache / "ldm_jax" / "xla"))
     if not is_multi_process():
+        if jax.process_count() > 1:  # a TPU pod that announces itself otherwise
+            raise UserError(
+                f"JAX_COORDINATOR_ADDRESS: not set, but the devices belong to"
+                f" {jax.process_count()} hosts; set it to the first host's address and"
+                " a port on every host"
+            )
         return
     kwargs = {}
     if "JAX_NUM_PROCESSES" in os.environ:

@@ -17,6 +17,7 @@ from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
 from ldm_jax.data import pipeline, sources
+from ldm_jax.diffusion import objective, schedules
 from ldm_jax.evaluate import run_report
 from ldm_jax.train import (
     checkpoint,
@@ -72,6 +73,9 @@ def check(
             mesh,
             section.micro_batches,
         )
+        optim.make_optimizer(section.optim, section.steps)
+    schedules.check_parameterization(config.diffusion.parameterization)
+    objective.check_loss_type(config.diffusion_stage.loss.loss_type)
     model_lib.build_autoencoder(config)
     if workdir_lib.config_path(workdir).exists():
         changed = config_lib.differences(workdir_lib.read_config(workdir), config)
@@ -94,6 +98,16 @@ def check_pictures(config: ml_collections.ConfigDict, source: sources.Source) ->
             f"data.ops: give pictures of {shape[0]}x{shape[1]}, but resolution is"
             f" {side}; set the sizes of resize and crop to {side}"
         )
+
+
+def check_fields(config: ml_collections.ConfigDict, source: sources.Source) -> None:
+    """Every conditioner must find its field in the data."""
+    for name, section in config.conditioners.items():
+        if section.field not in source.fields:
+            raise UserError(
+                f"conditioners.{name}.field: {section.field!r} is not in the data,"
+                f" which has {', '.join(source.fields)}"
+            )
 
 
 def make_tokenizers(
@@ -343,7 +357,6 @@ def train(
     result is the same, bit for bit, as that of a run that was never stopped.
     """
     # ---- Checks: nothing is written before they pass ----------------------------
-    report.setup_logging()
     mesh = check(config, workdir)
     stop = StopSignal()
     devices = jax.devices()
@@ -356,6 +369,8 @@ def train(
     # ---- Data, nets, workdir ----------------------------------------------------
     train_source, heldout_source = sources.load_splits(config.data, config.resolution)
     check_pictures(config, train_source)
+    for source in (train_source, heldout_source):
+        check_fields(config, source)
     report.say(
         f"data {config.data.source}: {len(train_source)} pictures to train on,"
         f" {len(heldout_source)} held out, {config.resolution} pixels"

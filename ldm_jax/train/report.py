@@ -1,6 +1,5 @@
 """What a person sees of a run: console lines, TensorBoard, and how long is left."""
 
-import logging
 import pathlib
 import resource
 import sys
@@ -22,13 +21,6 @@ def say(line: str) -> None:
     """Prints one line, on the first process only."""
     if jax.process_index() == 0:
         print(line, flush=True)
-
-
-def setup_logging() -> None:
-    """Warnings in one line each; orbax and absl only where something is wrong."""
-    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr)
-    for name in ("absl", "orbax", "jax"):
-        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def duration(seconds: float) -> str:

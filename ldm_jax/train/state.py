@@ -96,7 +96,7 @@ def update(
     tx: optax.GradientTransformation,
     ema_decay: float,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer and EMA update; the averages of torch_ldm's LitEma (2.4)."""
+    """One optimizer update, then one of the averages (latent-diffusion's LitEma)."""
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema

@@ -1,7 +1,8 @@
 """Stage one: the KL autoencoder.
 
-The loss is that of torch_ldm 1.7 without its perceptual and adversarial terms: absolute
-error over learned or fixed exp(logvar), summed over a picture, plus the weighted KL.
+The loss is latent-diffusion's LPIPSWithDiscriminator without its perceptual and
+adversarial terms: absolute error over exp(logvar), learned or fixed, summed over a
+picture, plus the weighted KL.
 """
 
 from typing import Any

@@ -84,15 +84,10 @@ def prepare_fields(
     model: model_lib.LatentDiffusion, source: sources.Source
 ) -> dict[str, np.ndarray]:
     """One array per conditioner, made from the source field that it reads."""
-    fields = {}
-    for name, conditioner in model.conditioners.items():
-        if conditioner.field not in source.fields:
-            raise UserError(
-                f"conditioners.{name}.field: {conditioner.field!r} is not in the data,"
-                f" which has {', '.join(source.fields)}"
-            )
-        fields[name] = conditioner.prepare(source.fields[conditioner.field].tolist())
-    return fields
+    return {
+        name: conditioner.prepare(source.fields[conditioner.field].tolist())
+        for name, conditioner in model.conditioners.items()
+    }
 
 
 def encode_source(

@@ -1,5 +1,6 @@
 """Mistakes: one line with field and mend, exit code 2, and nothing touched."""
 
+import collections
 import os
 import pathlib
 import subprocess
@@ -7,10 +8,20 @@ import sys
 
 import pytest
 
+from ldm_jax import config as config_lib
 from ldm_jax.train import __main__ as train_main
+from ldm_jax.train import checkpoint, loop
+from tests import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "txt2img.py"
+
+
+@pytest.fixture(autouse=True)
+def this_process_as_it_is(monkeypatch):
+    """The command sets up logging and a compilation cache, which the tests have."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "as conftest.py has it")
+    monkeypatch.setattr(config_lib, "setup_logging", lambda: None)
 
 
 @pytest.fixture
@@ -99,8 +110,6 @@ def test_misspelt_constructor_argument(fails, tmp_path):
 
 
 def test_workdir_of_another_run(fails, tmp_path):
-    from ldm_jax import config as config_lib
-
     workdir = tmp_path / "other"
     workdir.mkdir()
     config = config_lib.load(f"{CONFIG}:debug")
@@ -128,3 +137,75 @@ def test_missing_optional_dependency_names_the_extra(tmp_path):
     assert "pip install 'ldm_jax[train]'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("dtype=float16", "dtype: 'float16'; choose one of auto, float32"),
+        ("data.source=openmojo", "did you mean 'openmoji'?"),
+        ("conditioners.text.slot=contxt", "text.slot: 'contxt'; did you mean"),
+        ("conditioners.text.field=capt", "text.field: 'capt' is not in the data"),
+        ("conditioners.text.trainable=False", "text.trainable: False, but a frozen"),
+        ("diffusion.parameterization=z", "parameterization: 'z'"),
+        ("diffusion.schedule=quadratic", "'quadratic'"),
+        ("diffusion_stage.optim.schedule=step", "optim.schedule: 'step'; choose"),
+        ("diffusion_stage.loss.loss_type=l3", "loss_type: 'l3'; choose one of l2, l1"),
+        ("autoencoder_stage.batch_size=12", "autoencoder_stage.batch_size: 12 is not"),
+    ],
+)
+def test_values_that_do_not_work(fails, flag, hint):
+    """Found before the first write, also where only the second stage reads them."""
+    assert hint in fails(f"--config.{flag}")
+
+
+def test_what_cannot_matter_may_change(tmp_path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "config.json").write_text(config_lib.to_json(runs.debug()))
+    loop.check(runs.debug("report.log_steps=7", "mesh.data=4", "mesh.fsdp=2"), workdir)
+
+
+def test_all_checkpoints_damaged(tmp_path, capsys):
+    workdir = tmp_path / "run"
+    runs.untrained(workdir, runs.debug())
+    for path in (workdir / "autoencoder").rglob("*"):
+        if path.is_file():
+            path.write_bytes(bytes(path.stat().st_size))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as exit_info:
+        train_main.main([f"--config={CONFIG}:debug", f"--workdir={workdir}"])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --workdir: all checkpoints in")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_full_disk(tmp_path, capsys, monkeypatch, fast_compile):
+    usage = collections.namedtuple("usage", "total used free")(10**9, 10**9, 1000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    flags = [f"--config={CONFIG}:debug", "--config.stages=('autoencoder',)"]
+    with pytest.raises(SystemExit) as exit_info:
+        train_main.main([*flags, f"--workdir={tmp_path / 'run'}"])
+    assert exit_info.value.code == 2
+    error = capsys.readouterr().err
+    assert "free some space or lower report.max_to_keep" in error
+    assert error.count("\n") == 1
+    assert checkpoint.Checkpoints(tmp_path / "run" / "autoencoder").steps() == []
+
+
+def test_evaluation_without_tensorflow(tmp_path):
+    runs_config = tmp_path / "config.json"
+    runs_config.write_text(config_lib.to_json(runs.debug()))
+    code = (
+        "import sys; sys.modules['tensorflow'] = None\n"
+        "from ldm_jax.evaluate import __main__ as m\n"
+        f"m.main(['--workdir={tmp_path}'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "error: tensorflow: not installed" in done.stderr
+    assert "pip install 'ldm_jax[train]'" in done.stderr

@@ -1,0 +1,232 @@
+"""Sampling from a workdir: same seed same picture, no training package, good errors."""
+
+import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ldm_jax
+from ldm_jax import sample
+from ldm_jax.config import UserError
+from ldm_jax.train import checkpoint
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+PROMPTS = ["a red circle", "a blue square", "a green cross"]
+BLOCKED = ("tensorflow", "tensorflow_datasets", "torch", "clu", "tensorboard")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    runs.untrained(workdir, runs.debug())
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def loaded(workdir):
+    return ldm_jax.load(workdir)
+
+
+def _distance(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+@pytest.fixture(scope="module")
+def pictures(loaded):
+    return loaded.sample(PROMPTS)
+
+
+def test_pictures_are_uint8_and_differ(pictures, loaded):
+    size = loaded.config.resolution
+    assert pictures.dtype == np.uint8
+    assert pictures.shape == (3, size, size, 3)
+    assert _distance(pictures[0], pictures[1]) > 8
+
+
+def test_picture_i_is_the_same_in_every_batch(pictures, loaded):
+    assert _distance(loaded.sample(PROMPTS, batch_size=2), pictures) <= 1
+    assert _distance(loaded.sample(PROMPTS[0])[0], pictures[0]) <= 1
+    np.testing.assert_array_equal(loaded.sample(PROMPTS), pictures)
+
+
+def test_every_picture_has_its_own_noise(loaded):
+    twins = loaded.sample([PROMPTS[0]] * 3)
+    assert _distance(twins[0], twins[1]) > 8
+
+
+def test_seed_prompt_guidance_and_steps_matter(pictures, loaded):
+    assert _distance(loaded.sample(PROMPTS, seed=1), pictures) > 8
+    assert _distance(loaded.sample(PROMPTS[::-1])[0], pictures[0]) > 1
+    assert _distance(loaded.sample(PROMPTS, guidance_scale=9.0), pictures) > 1
+    assert _distance(loaded.sample(PROMPTS, guidance_scale=1.0), pictures) > 1
+    assert _distance(loaded.sample(PROMPTS, steps=3), pictures) > 1
+
+
+def test_eta_adds_noise_of_the_seed(pictures, loaded):
+    noisy = loaded.sample(PROMPTS, eta=1.0)
+    assert _distance(noisy, pictures) > 1
+    np.testing.assert_array_equal(loaded.sample(PROMPTS, eta=1.0), noisy)
+    assert _distance(loaded.sample(PROMPTS, eta=1.0, seed=1), noisy) > 8
+    assert _distance(loaded.sample(PROMPTS, eta=1.0, batch_size=2), noisy) <= 1
+
+
+def test_guidance_and_seed_are_traced_not_compiled_in(loaded):
+    sample._draw_fn.cache_clear()
+    for scale, seed in ((2.0, 0), (5.0, 1), (0.5, 2)):
+        loaded.sample(PROMPTS, guidance_scale=scale, seed=seed)
+    assert sample._draw_fn.cache_info().misses == 1
+    settings = (loaded.model, "ddim", loaded.config.sample.steps, 0.0, True, False)
+    assert sample._draw_fn(*settings)._cache_size() == 1
+
+
+def test_pil_output_holds_the_same_pictures(pictures, loaded):
+    images = loaded.sample(PROMPTS, output="pil")
+    assert all(isinstance(image, Image.Image) for image in images)
+    np.testing.assert_array_equal(np.stack([np.asarray(x) for x in images]), pictures)
+
+
+def test_a_long_prompt_warns_with_what_was_cut(loaded):
+    length = loaded.config.conditioners.text.length
+    words = ["red"] * (length - 2) + ["blue", "square"]
+    with pytest.warns(UserWarning, match=f"longer than {length} tokens.*'blue square'"):
+        cut = loaded.sample(" ".join(words))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(loaded.sample(" ".join(words[:-2])), cut)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(sampler="ddimm"), r"--sampler: 'ddimm'; did you mean 'ddim'\?"),
+        (dict(steps=0), "--steps: 0; choose from 1 to 1000"),
+        (dict(steps=1001), "--steps: 1001; choose from 1 to 1000"),
+        (dict(output="jpg"), "output: 'jpg'; choose array or pil"),
+        (dict(prompts=[]), "prompts: none given"),
+    ],
+)
+def test_wrong_options_are_named(loaded, options, words):
+    with pytest.raises(UserError, match=words):
+        loaded.sample(**{"prompts": PROMPTS} | options)
+
+
+# ---- The command ---------------------------------------------------------------------
+
+
+def _fails(capsys, *argv):
+    """The one error line of a command that must fail."""
+    with pytest.raises(SystemExit) as exit_:
+        sample.main(list(argv))
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("error: ")
+    return err
+
+
+def test_command_writes_one_picture(workdir, pictures, tmp_path, capsys):
+    out = tmp_path / "deep" / "a.png"
+    sample.main([f"--workdir={workdir}", f"--prompt={PROMPTS[0]}", f"--out={out}"])
+    assert _distance(np.asarray(Image.open(out)), pictures[0]) <= 1
+    assert str(out) in capsys.readouterr().out
+
+
+def test_command_takes_prompts_from_flags_and_a_file(workdir, pictures, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text(f"{PROMPTS[1]}\n\n  {PROMPTS[2]}\n")
+    argv = [f"--workdir={workdir}", f"--prompt={PROMPTS[0]}", f"--prompts_file={file}"]
+    sample.main([*argv, f"--out={tmp_path / 'all'}"])
+    files = sorted((tmp_path / "all").iterdir())
+    assert [f.name for f in files] == ["00000.png", "00001.png", "00002.png"]
+    drawn = np.stack([np.asarray(Image.open(f)) for f in files])
+    assert _distance(drawn, pictures) <= 1
+    sample.main([*argv, f"--out={tmp_path / 'grid.png'}"])
+    assert Image.open(tmp_path / "grid.png").width > 3 * 128
+
+
+def test_a_folder_without_a_run(tmp_path, capsys):
+    err = _fails(capsys, f"--workdir={tmp_path / 'no'}", "--prompt=a")
+    assert "holds no run" in err and "--workdir" in err
+    assert not (tmp_path / "no").exists()
+
+
+def test_prompts_are_needed(workdir, tmp_path, capsys):
+    assert "--prompt: none given" in _fails(capsys, f"--workdir={workdir}")
+    flag = f"--prompts_file={tmp_path / 'none.txt'}"
+    assert "--prompts_file: no file" in _fails(capsys, f"--workdir={workdir}", flag)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+def test_a_missing_checkpoint(workdir, tmp_path, capsys, stage):
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / stage)
+    err = _fails(capsys, f"--workdir={copy}", "--prompt=a")
+    assert f"no sound checkpoint in {copy / stage}" in err
+    assert not (copy / stage).exists()
+
+
+def test_an_unfinished_first_stage(workdir, tmp_path, capsys, monkeypatch):
+    read = checkpoint.Checkpoints.read_meta
+
+    def without_statistics(self, step):
+        meta = read(self, step)
+        del meta["latent"]
+        return meta
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "read_meta", without_statistics)
+    err = _fails(capsys, f"--workdir={workdir}", "--prompt=a")
+    assert "is not finished; run the training command again" in err
+
+
+# ---- Import isolation ----------------------------------------------------------------
+
+ISOLATED = """
+import importlib.machinery
+import sys
+blocked = {blocked!r}
+
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in blocked else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
+import ldm_jax
+assert "jax" not in sys.modules, "import ldm_jax must stay light"
+from ldm_jax import sample
+sample.main(["--workdir={workdir}", "--prompt={prompt}", "--out={out}"])
+images = ldm_jax.load("{workdir}").sample(["{prompt}"], output="array")
+import numpy as np
+from PIL import Image
+np.testing.assert_array_equal(images[0], np.asarray(Image.open("{out}")))
+for name in blocked:
+    assert name not in sys.modules, name
+    try:
+        __import__(name)
+    except ModuleNotFoundError:
+        continue
+    raise AssertionError(name + " was not blocked")
+print("isolated")
+"""
+
+
+@pytest.mark.slow
+def test_sampling_needs_no_training_package(workdir, tmp_path):
+    length = runs.debug().conditioners.text.length
+    prompt, out = "red " * (length - 2) + "blue square", tmp_path / "a.png"
+    code = ISOLATED.format(blocked=BLOCKED, workdir=workdir, prompt=prompt, out=out)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("isolated\n")
+    # One line a warning, and the same twice is said once.
+    line = f"warning: prompt longer than {length} tokens; cut at the end: 'blue square'"
+    assert done.stderr.lower().splitlines().count(line) == 1
+    assert done.stderr.count("cut at the end") == 1

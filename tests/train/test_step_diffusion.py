@@ -1,0 +1,170 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax import first_stage as first_stage_lib
+from ldm_jax.conditioning import conditioners as conditioning
+from ldm_jax.config import UserError
+from ldm_jax.data import sources
+from ldm_jax.train import stage, step_diffusion
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """(config, model, first stage, params)."""
+    config = runs.debug()
+    model = runs.build(config)
+    first, params = runs.random_params(config, model)
+    c = model.latent_shape[-1]
+    first_stage = first_stage_lib.FirstStage(
+        first["autoencoder"], jnp.full(c, 0.2), jnp.full(c, 1.5)
+    )
+    return config, model, first_stage, params
+
+
+def _batch(model, n=4):
+    h, w, c = model.latent_shape
+    rng = np.random.default_rng(0)
+    captions = [runs.CAPTIONS[i % 3] for i in range(n)]
+    return {
+        "moments": rng.normal(size=(n, h, w, 2 * c)).astype(np.float32),
+        "text": model.conditioners["text"].prepare(captions),
+    }
+
+
+def _with_dropout(conditioners, rate):
+    return {k: dataclasses.replace(c, dropout=rate) for k, c in conditioners.items()}
+
+
+def test_a_dropped_caption_becomes_the_null_caption(setup):
+    _, model, _, params = setup
+    batch = _batch(model, 64)
+    dropped = _with_dropout(model.conditioners, 0.5)
+    context = conditioning.encode(
+        dropped, params["conditioners"], batch, key=jax.random.key(0)
+    ).context
+    kept = conditioning.encode(
+        model.conditioners, params["conditioners"], batch
+    ).context
+    null = conditioning.encode_null(
+        model.conditioners, params["conditioners"], 1
+    ).context[0]
+    is_null = np.array([np.allclose(row, null, atol=1e-5) for row in context])
+    is_kept = np.array(
+        [np.allclose(a, b, atol=1e-5) for a, b in zip(context, kept, strict=True)]
+    )
+    assert (is_null ^ is_kept).all()
+    assert 16 < is_null.sum() < 48
+
+
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+def test_dropout_rates_at_the_ends(setup, rate):
+    _, model, _, params = setup
+    batch = _batch(model)
+    ids = model.conditioners["text"]
+    out = conditioning.drop(
+        jnp.asarray(batch["text"]), ids.null, rate, jax.random.key(0)
+    )
+    expected = batch["text"] if rate == 0 else np.stack([ids.null] * 4)
+    np.testing.assert_array_equal(out, expected)
+
+
+def test_evaluation_drops_no_caption_and_is_repeatable(setup):
+    config, model, first_stage, params = setup
+    frozen, batch = {"first_stage": first_stage}, _batch(model)
+    always = dataclasses.replace(
+        model, conditioners=_with_dropout(model.conditioners, 1.0)
+    )
+    values = []
+    for m in (model, always):
+        loss = step_diffusion.make_loss(m, config.diffusion_stage)
+        evaluate = stage.make_evaluate(loss, seed=0)
+        total, count = evaluate(params, frozen, batch, 3)["loss"]
+        values.append(float(total / count))
+        assert evaluate(params, frozen, batch, 3)["loss"][0] == total
+        assert evaluate(params, frozen, batch, 4)["loss"][0] != total
+    np.testing.assert_allclose(values[0], values[1], rtol=1e-5)
+    loss = jax.jit(step_diffusion.make_loss(always, config.diffusion_stage))
+    trained = loss(params, frozen, batch, jax.random.key(5))[0]
+    loss = jax.jit(step_diffusion.make_loss(model, config.diffusion_stage))
+    assert abs(trained - loss(params, frozen, batch, jax.random.key(5))[0]) > 1e-5
+
+
+def test_padding_counts_for_nothing(setup):
+    config, model, first_stage, params = setup
+    loss = jax.jit(step_diffusion.make_loss(model, config.diffusion_stage))
+    frozen, key = {"first_stage": first_stage}, jax.random.key(0)
+    batch = _batch(model) | {"_mask": np.array([1, 1, 1, 0], np.float32)}
+    other = {k: v.copy() for k, v in batch.items()}
+    other["moments"][3] = 7.0
+    a, metrics = loss(params, frozen, batch, key)
+    b, _ = loss(params, frozen, other, key)
+    np.testing.assert_allclose(a, b, rtol=1e-6)
+    assert metrics["loss"][1] == 3
+    other["moments"][2] = 7.0
+    assert abs(a - loss(params, frozen, other, key)[0]) > 1e-3
+
+
+def test_cached_moments_are_the_encoded_images(setup):
+    config, model, first_stage, params = setup
+    source = sources.load("synthetic", "train", resolution=16, count=10)
+    moments = step_diffusion.encode_source(
+        model, first_stage, source, config.data.ops, batch=4
+    )
+    assert moments.shape[0] == 10
+    image = source.fields["image"].astype(np.float32) / 127.5 - 1
+    loss = jax.jit(step_diffusion.make_loss(model, config.diffusion_stage))
+    frozen, key = {"first_stage": first_stage}, jax.random.key(0)
+    batch = {"text": _batch(model, 10)["text"]}
+    cached = loss(params, frozen, batch | {"moments": moments}, key)[0]
+    encoded = loss(params, frozen, batch | {"image": image}, key)[0]
+    np.testing.assert_allclose(cached, encoded, rtol=1e-4)
+
+
+def test_everything_that_is_trained_gets_a_gradient(setup):
+    config, model, first_stage, params = setup
+    loss = step_diffusion.make_loss(model, config.diffusion_stage)
+    logvar = jnp.zeros(len(model.schedule.betas))
+    grads = jax.jit(jax.grad(lambda *a: loss(*a)[0]))(
+        params | {"logvar": logvar},
+        {"first_stage": first_stage},
+        _batch(model, 8),
+        jax.random.key(0),
+    )
+    # Only the timesteps that were drawn.
+    assert 1 <= np.count_nonzero(grads["logvar"]) <= 8
+    for part in ("unet", "conditioners"):
+        size = [float(jnp.abs(g).max()) for g in jax.tree.leaves(grads[part])]
+        # A key's bias shifts all logits alike; all else must move.
+        assert np.mean(np.array(size) > 0) > 0.95
+
+
+def test_prepared_fields_are_one_row_a_caption(setup):
+    _, model, _, _ = setup
+    source = sources.load("synthetic", "train", resolution=16, count=5)
+    fields = step_diffusion.prepare_fields(model, source)
+    assert fields["text"].shape == (5, *model.conditioners["text"].null.shape)
+    assert fields["text"].dtype == np.int32
+
+
+def test_a_frozen_conditioner_without_weights_is_refused(setup):
+    config, _, _, _ = setup
+    frozen = runs.build(runs.debug("conditioners.text.trainable=False"))
+    with pytest.raises(UserError, match="conditioners.text.trainable: False"):
+        step_diffusion.check_weights(frozen)
+
+
+def test_panel_prompts_come_from_the_data_unless_given(setup):
+    config, _, _, _ = setup
+    source = sources.load("synthetic", "train", resolution=16, count=40)
+    assert step_diffusion.panel_prompts(config, source) == list(
+        source.fields["caption"][:40:5]
+    )
+    given = runs.debug("report.prompts=('a','b')")
+    assert step_diffusion.panel_prompts(given, source) == ["a", "b"]
