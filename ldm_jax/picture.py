@@ -3,6 +3,7 @@
 import os
 import pathlib
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,12 @@ def grid(
     columns, scale = min(columns, n), max(1, round(128 / w))
     side_w, side_h, margin = w * scale, h * scale, 6
     font = ImageFont.load_default(size=11)
-    lines = [textwrap.wrap(c, side_w // 6) or [""] for c in captions or [""] * n]
+    # The font that pillow brings has no accents.
+    texts = [
+        unicodedata.normalize("NFKD", c).encode("ascii", "ignore").decode()
+        for c in captions or [""] * n
+    ]
+    lines = [textwrap.wrap(text, side_w // 7) or [""] for text in texts]
     text_h = 14 * max(map(len, lines)) if captions is not None else 0
     cell_w, cell_h = side_w + margin, side_h + text_h + margin
     rows = -(-n // columns)

@@ -104,7 +104,7 @@ def update(
         ema = ema_lib.update(ema, params, state.step, ema_decay)
     one = jnp.ones([], jnp.float32)
     metrics = {
-        "grad_norm": (optax.global_norm(grads), one),
-        "update_norm": (optax.global_norm(updates), one),
+        "grad_norm": (optax.tree.norm(grads), one),
+        "update_norm": (optax.tree.norm(updates), one),
     }
     return TrainState(state.step + 1, params, opt_state, ema), metrics

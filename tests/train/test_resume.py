@@ -34,15 +34,19 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("xla")
 
 
-def _run(workdir, cache, *, stop_at=None, with_signal=None) -> tuple[int, str]:
+def _run(
+    workdir, cache, *flags, stop_at=None, with_signal=None, devices=1
+) -> tuple[int, str]:
     """Trains in a process; sends `with_signal` when a line holds `stop_at`."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles in a third of the time
+        "JAX_NUM_CPU_DEVICES": str(devices),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "ldm_jax.train", *FLAGS, f"--workdir={workdir}"],
+        [sys.executable, "-m", "ldm_jax.train", *FLAGS, *flags, f"--workdir={workdir}"],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
@@ -113,3 +117,30 @@ def test_sigterm_saves_and_leaves(tmp_path, cache, uninterrupted):
     assert code == 0, output
     assert f"going on from step {saved}" in output or saved == STEPS
     _assert_same_bits(tmp_path, uninterrupted)
+
+
+def test_interrupted_on_two_devices_ends_with_the_same_bits(tmp_path, cache):
+    """Parameters cut over fsdp, no checkpoint but those of the signals."""
+    flags = (
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=2",
+        "--config.report.checkpoint_steps=100",
+    )
+    whole, halved = tmp_path / "whole", tmp_path / "halved"
+    code, output = _run(whole, cache, *flags, devices=2)
+    assert code == 0, output
+    for stage in ("autoencoder", "diffusion"):
+        code, output = _run(
+            halved,
+            cache,
+            *flags,
+            stop_at=f"{stage} 2/6",
+            with_signal=signal.SIGINT,
+            devices=2,
+        )
+        assert code == 0, output
+        assert checkpoint.Checkpoints(halved / stage).steps()[0] in range(2, STEPS)
+    code, output = _run(halved, cache, *flags, devices=2)
+    assert code == 0, output
+    stages = ("autoencoder", "diffusion")
+    _assert_same_bits(halved, {stage: _arrays(whole, stage) for stage in stages})

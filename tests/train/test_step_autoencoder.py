@@ -107,8 +107,13 @@ def test_latents_have_unit_variance_under_their_statistics(net_and_params):
     moments = first_stage_lib.encode_moments(net, params, x)
     draw = jax.jit(jax.vmap(first_stage_lib.sample_moments, in_axes=(None, None, 0)))
     z = draw(first_stage, moments, jax.random.split(jax.random.key(0), 64))
-    np.testing.assert_allclose(z.mean((0, 1, 2, 3)), 0, atol=0.02)
-    np.testing.assert_allclose(z.std((0, 1, 2, 3)), 1, atol=0.02)
+    np.testing.assert_allclose(z.mean((0, 1, 2, 3)), 0, atol=0.1)
+    np.testing.assert_allclose(z.std((0, 1, 2, 3)), 1, atol=0.1)
+    # Without the noise of drawing: the variance of a mixture of Gaussians.
+    means, logvars = np.split(np.asarray(moments, np.float64), 2, axis=-1)
+    variance = means.var((0, 1, 2)) + np.exp(logvars).mean((0, 1, 2))
+    np.testing.assert_allclose(np.sqrt(variance), facts["std"], rtol=1e-4)
+    np.testing.assert_allclose(means.mean((0, 1, 2)), facts["mean"], atol=1e-4)
     # And decoding undoes the change of scale.
     raw = net.apply({"params": params}, moments[..., : z.shape[-1]], method="decode")
     mode = moments[..., : z.shape[-1]]
