@@ -294,8 +294,10 @@ def run_stage(
                 pending = []
             if stopped and step < steps:
                 save(step)
-                report.say(f"{stage.name}: stopped at step {step}, all is saved; the")
-                report.say("same command goes on from here")
+                report.say(
+                    f"{stage.name}: stopped at step {step}, all is saved;"
+                    " the same command goes on from here"
+                )
                 return None
             if step % every.eval_steps == 0 or step == steps:
                 evaluated(step)
