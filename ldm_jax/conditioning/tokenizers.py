@@ -19,15 +19,29 @@ def train_wordpiece(
     A text becomes `[CLS] pieces [SEP] [PAD]…`, as BERT's own tokenizer does.
     """
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    tokenizer = hf_tokenizers.Tokenizer(
-        hf_tokenizers.models.WordPiece(unk_token="[UNK]")
-    )
-    tokenizer.normalizer = hf_tokenizers.normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = hf_tokenizers.pre_tokenizers.BertPreTokenizer()
+    model = hf_tokenizers.models.WordPiece(unk_token="[UNK]")
+    normalizer = hf_tokenizers.normalizers.BertNormalizer(lowercase=True)
+    splitter = hf_tokenizers.pre_tokenizers.BertPreTokenizer()
+    words = {
+        word
+        for caption in captions
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption))
+    }
+    # The trainer numbers letters inside of words in the order of a random hash, and
+    # merges pairs of equal count by number; letters listed first have fixed numbers.
+    inner = sorted({f"##{letter}" for word in words for letter in word[1:]})
     trainer = hf_tokenizers.trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=special, show_progress=False
+        vocab_size=vocab_size, special_tokens=special + inner, show_progress=False
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    trained = hf_tokenizers.Tokenizer(model)
+    trained.normalizer, trained.pre_tokenizer = normalizer, splitter
+    trained.train_from_iterator(captions, trainer)
+
+    tokenizer = hf_tokenizers.Tokenizer(
+        hf_tokenizers.models.WordPiece(trained.get_vocab(), unk_token="[UNK]")
+    )
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, splitter
+    tokenizer.add_special_tokens(special)
     tokenizer.post_processor = hf_tokenizers.processors.BertProcessing(
         ("[SEP]", tokenizer.token_to_id("[SEP]")),
         ("[CLS]", tokenizer.token_to_id("[CLS]")),
