@@ -72,6 +72,9 @@ def text(
     if kind not in nets:
         raise UserError(f"conditioners.*.net.kind: {kind!r}; {nearest(kind, nets)}")
     if variant is not None:
+        if variant not in text_encoder.VARIANTS:
+            hint = nearest(variant, text_encoder.VARIANTS)
+            raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
         net |= text_encoder.VARIANTS[variant]
 
     def prepare(captions: Sequence[str]) -> np.ndarray:

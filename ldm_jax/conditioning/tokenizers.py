@@ -1,12 +1,16 @@
 """Captions to token ids: any Hugging Face tokenizer, or one trained on the captions."""
 
+import os
 import pathlib
 import warnings
 from collections.abc import Sequence
 
 import numpy as np
 import tokenizers as hf_tokenizers
-import transformers
+
+# It would advise, on every import, to install the torch that nothing here needs.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+import transformers  # noqa: E402
 
 from ldm_jax.config import UserError
 
