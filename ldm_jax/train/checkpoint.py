@@ -42,9 +42,12 @@ def _leaf_fingerprint(x: jax.Array) -> jax.Array:
         .reshape(-1)
         .astype(jnp.uint32)
     )
-    # The odd multiplier of the position makes the sum notice swapped values.
+    # Mixed first, so that two flips of one bit don't cancel; weighted by position, so
+    # that swapped values show.
+    bits = bits * jnp.uint32(0x9E3779B1)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x85EBCA6B)
     place = jax.lax.iota(jnp.uint32, bits.size) * jnp.uint32(2) + jnp.uint32(1)
-    return jnp.sum(bits * place, dtype=jnp.uint32)
+    return jnp.sum((bits ^ (bits >> 13)) * place, dtype=jnp.uint32)
 
 
 @jax.jit
