@@ -226,7 +226,10 @@ def run_stage(
             limit=every.eval_images,
         )
     )
-    frozen = jax.device_put(stage.frozen, sharding.replicated(mesh))
+    # By way of the host: what one process holds can't be put on others' devices.
+    frozen = jax.device_put(
+        jax.tree.map(np.asarray, stage.frozen), sharding.replicated(mesh)
+    )
     step_fn = jax.jit(
         stage_lib.make_step(
             stage.loss,
