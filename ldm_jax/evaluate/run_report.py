@@ -11,7 +11,6 @@ from ldm_jax import picture, sample
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.data import pipeline, sources
 from ldm_jax.evaluate import metrics
-from ldm_jax.nets import autoencoder
 
 
 def images(source: sources.Source, ops: Any) -> np.ndarray:
@@ -25,15 +24,8 @@ def reconstruction(
     loaded: sample.LoadedModel, source: sources.Source, limit: int
 ) -> dict[str, float]:
     """PSNR and SSIM of the first stage on the first `limit` pictures of a source."""
-    net, first_stage = loaded.model.autoencoder, loaded.first_stage
-
-    @jax.jit
-    def reconstruct(x):
-        variables = {"params": first_stage.params}
-        moments = net.apply(variables, x, method="encode")
-        z = autoencoder.Posterior.from_moments(moments).mode()
-        return net.apply(variables, z, method="decode")
-
+    reconstruct = jax.jit(loaded.model.autoencoder.apply)
+    variables = {"params": loaded.first_stage.params}
     source = source.take(min(limit, len(source)))
     psnr, ssim = [], []
     ops = loaded.config.data.ops
@@ -42,7 +34,9 @@ def reconstruction(
     ):
         keep = batch["_mask"] > 0
         x = picture.to_uint8(batch["image"])[keep]
-        x_hat = picture.to_uint8(np.asarray(reconstruct(batch["image"])))[keep]
+        x_hat = picture.to_uint8(np.asarray(reconstruct(variables, batch["image"])))[
+            keep
+        ]
         psnr.append(metrics.psnr(x, x_hat))
         ssim.append(metrics.ssim(x, x_hat))
     return {

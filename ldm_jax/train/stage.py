@@ -1,7 +1,6 @@
 """What the loop trains: a stage gives init, loss, data and things to look at."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -73,7 +72,7 @@ def make_evaluate(loss: Callable[..., Any], seed: int):
     the params do.
     """
 
-    @partial(jax.jit, static_argnames=())
+    @jax.jit
     def evaluate(params, frozen, batch, index):
         key = jax.random.fold_in(jax.random.key(seed), index)
         return loss(params, frozen, batch, key, deterministic=True)[1]

@@ -5,6 +5,7 @@ adversarial terms: absolute error over exp(logvar), learned or fixed, summed ove
 picture, plus the weighted KL.
 """
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -81,12 +82,12 @@ def latent_statistics(
     net: nn.Module, params: Any, source: sources.Source, ops: Any, batch: int
 ) -> dict[str, Any]:
     """Mean and std of every latent channel over a whole source, in float64."""
-    encode = jax.jit(lambda x: first_stage.encode_moments(net, params, x))
+    encode = jax.jit(partial(first_stage.encode_moments, net))
     total, square, count, images = 0.0, 0.0, 0, 0
     for x in pipeline.eval_batches(
         source, batch_size=batch, ops=ops, fields=("image",)
     ):
-        posterior = autoencoder.Posterior.from_moments(encode(x["image"]))
+        posterior = autoencoder.Posterior.from_moments(encode(params, x["image"]))
         keep = x["_mask"] > 0
         mean = np.asarray(posterior.mean, np.float64)[keep]
         variance = np.exp(np.asarray(posterior.logvar, np.float64)[keep])
@@ -115,16 +116,12 @@ def make_stage(
         )
     )["image"]
 
-    @jax.jit
-    def reconstruct(params, x):
-        posterior = autoencoder.Posterior.from_moments(
-            first_stage.encode_moments(net, params, x)
-        )
-        return net.apply({"params": params}, posterior.mode(), method="decode")
+    reconstruct = jax.jit(net.apply)
 
     def panels(params, frozen):
         del frozen
-        x_hat = np.asarray(reconstruct(params["autoencoder"], looked_at), np.float32)
+        variables = {"params": params["autoencoder"]}
+        x_hat = np.asarray(reconstruct(variables, looked_at), np.float32)
         return {"input": looked_at, "reconstruction": x_hat}
 
     def finish(params):

@@ -1,5 +1,6 @@
 """Stage two: the denoising net and its trained conditioners, in the latent space."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -98,16 +99,12 @@ def encode_source(
     batch: int = 64,
 ) -> np.ndarray:
     """The posterior's moments of every image, float32 [n, h, w, 2c]."""
-    encode = jax.jit(
-        lambda x: first_stage_lib.encode_moments(
-            model.autoencoder, first_stage.params, x
-        )
-    )
+    encode = jax.jit(partial(first_stage_lib.encode_moments, model.autoencoder))
     rows = []
     for x in pipeline.eval_batches(
         source, batch_size=batch, ops=ops, fields=("image",)
     ):
-        rows.append(np.asarray(encode(x["image"]))[x["_mask"] > 0])
+        rows.append(np.asarray(encode(first_stage.params, x["image"]))[x["_mask"] > 0])
     return np.concatenate(rows)
 
 
