@@ -10,93 +10,7 @@ models; none of them has been trained here yet.
 from ml_collections import ConfigDict
 
 from ldm_jax import config as ldm_config
-
-
-def base() -> ConfigDict:
-    """What the presets share: LDM's objective and optimizer, sizes left to each."""
-    config = ConfigDict()
-    config.preset = ""
-    config.seed = 0
-    config.stages = ("autoencoder", "diffusion")
-    config.resolution = 256
-    config.batch_size = 64
-    config.dtype = "auto"  # auto | float32 | bfloat16; auto is float32 on CPU
-
-    config.data = ConfigDict()
-    config.data.source = "openmoji"  # openmoji | folder | tfds | synthetic
-    config.data.options = ConfigDict()
-    config.data.train_split = "train"
-    config.data.heldout_split = "compositional"
-    config.data.ops = (("to_float", {}),)
-
-    config.autoencoder = ConfigDict(dict(variant="kl_f8"))
-
-    config.autoencoder_stage = stage()
-    config.autoencoder_stage.loss = ConfigDict(
-        dict(kl_weight=1e-6, logvar_init=0.0, learn_logvar=False)
-    )
-
-    config.conditioners = ConfigDict()
-
-    config.diffusion = ConfigDict()
-    config.diffusion.parameterization = "eps"  # eps | x0 | v
-    config.diffusion.schedule = "linear"  # linear | cosine | sqrt_linear | sqrt | …
-    config.diffusion.timesteps = 1000
-    config.diffusion.linear_start = 0.00085
-    config.diffusion.linear_end = 0.012
-
-    config.unet = ConfigDict()
-
-    config.diffusion_stage = stage()
-    config.diffusion_stage.cache_latents = True  # encode the data once; no random ops
-    config.diffusion_stage.loss = ConfigDict(
-        dict(
-            loss_type="l2",  # l2 | l1
-            l_simple_weight=1.0,
-            original_elbo_weight=0.0,
-            learn_logvar=False,
-            logvar_init=0.0,
-        )
-    )
-
-    config.sample = ConfigDict()
-    config.sample.steps = 50
-    config.sample.guidance_scale = 3.0
-
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, dcn_data=1))
-
-    # Nothing below changes what is computed, so a run may go on with other values.
-    config.report = ConfigDict()
-    config.report.log_steps = 100
-    config.report.eval_steps = 1000
-    config.report.image_steps = 5000
-    config.report.checkpoint_steps = 1000
-    config.report.max_to_keep = 2
-    config.report.eval_images = 256
-    config.report.retrieval_captions = 64
-    config.report.prompts = ()  # of the panels; empty takes captions from the data
-    config.report.profile = False
-    return config
-
-
-def stage() -> ConfigDict:
-    """Steps, batch and optimizer of one stage: torch AdamW's defaults."""
-    section = ConfigDict()
-    section.steps = 100_000
-    section.batch_size = None  # None takes config.batch_size
-    section.micro_batches = 1  # gradient accumulation
-    section.ema_decay = 0.9999  # 0 switches the average off
-    section.optim = ConfigDict()
-    section.optim.learning_rate = 1e-4
-    section.optim.schedule = "constant"  # constant | cosine | linear
-    section.optim.warmup_steps = 1000
-    section.optim.final_fraction = 0.0
-    section.optim.b1 = 0.9
-    section.optim.b2 = 0.999
-    section.optim.eps = 1e-8
-    section.optim.weight_decay = 0.01
-    section.optim.clip_norm = 0.0  # 0 switches clipping off
-    return section
+from ldm_jax import defaults
 
 
 def bert(variant: str) -> ConfigDict:
@@ -133,37 +47,14 @@ def clip(name: str, variant: str) -> ConfigDict:
 
 def openmoji() -> ConfigDict:
     """Emoji from their names at 32 pixels: minutes on 2 CPU cores, no download."""
-    config = base()
+    config = defaults.both_stages()
     config.resolution = 32
     config.autoencoder = ConfigDict(
-        dict(
-            ch=16,
-            ch_mult=(1, 2, 4),
-            num_res_blocks=1,
-            attn_resolutions=(),
-            attn_type="none",
-            resolution=32,
-            in_channels=3,
-            out_ch=3,
-            z_channels=8,
-            double_z=True,
-            embed_dim=8,
-            dropout=0.0,
-            norm_groups=8,
-            init_logvar=-6.0,
-        )
+        defaults.narrow_autoencoder(32, ch_mult=(1, 2, 4), z_channels=8)
+        | dict(double_z=True, init_logvar=-6.0)
     )
     config.autoencoder_stage.update(dict(steps=3000, batch_size=8, ema_decay=0.995))
-    config.autoencoder_stage.optim.update(
-        dict(
-            learning_rate=2e-3,
-            schedule="cosine",
-            final_fraction=0.02,
-            warmup_steps=50,
-            b2=0.99,
-            weight_decay=0.0,
-        )
-    )
+    config.autoencoder_stage.optim.update(defaults.fast_adam(2e-3, warmup_steps=50))
     config.conditioners.text = ConfigDict(
         dict(
             kind="text",
@@ -194,17 +85,8 @@ def openmoji() -> ConfigDict:
         )
     )
     config.diffusion_stage.update(dict(steps=4000, batch_size=32, ema_decay=0.998))
-    config.diffusion_stage.optim.update(
-        dict(
-            learning_rate=2e-3,
-            schedule="cosine",
-            final_fraction=0.02,
-            warmup_steps=100,
-            b2=0.99,
-            weight_decay=0.0,
-            clip_norm=1.0,
-        )
-    )
+    config.diffusion_stage.optim.update(defaults.fast_adam(2e-3, warmup_steps=100))
+    config.diffusion_stage.optim.clip_norm = 1.0
     return config
 
 
@@ -231,7 +113,7 @@ def debug() -> ConfigDict:
 
 def ldm_1p4b() -> ConfigDict:
     """txt2img-1p4B: kl-f8, 872.30M UNet, text transformer of 32 layers, 256 pixels."""
-    config = base()
+    config = defaults.both_stages()
     config.conditioners.text = bert("bert_1p4b")
     config.unet = ConfigDict(dict(variant="ldm_1p4b", remat=True))
     config.diffusion_stage.optim.learning_rate = 5e-5
@@ -239,9 +121,9 @@ def ldm_1p4b() -> ConfigDict:
 
 
 def cc256() -> ConfigDict:
-    """text2img256 on Conceptual Captions, 403.62M UNet; its vq-f4 is a kl-f4 here."""
-    config = base()
-    config.autoencoder = ConfigDict(dict(variant="kl_f4"))
+    """text2img256 on Conceptual Captions: vq-f4, 403.62M UNet."""
+    config = defaults.both_stages()
+    config.autoencoder = ConfigDict(dict(variant="vq_f4"))
     config.conditioners.text = bert("bert_cc")
     config.diffusion.update(dict(linear_start=0.0015, linear_end=0.0195))
     config.unet = ConfigDict(dict(variant="cc256"))
@@ -251,7 +133,7 @@ def cc256() -> ConfigDict:
 
 def sd1() -> ConfigDict:
     """Stable Diffusion 1: 859.52M UNet on CLIP-L, 512 pixels."""
-    config = base()
+    config = defaults.both_stages()
     config.resolution = 512
     config.conditioners.text = clip("openai/clip-vit-large-patch14", "clip_l")
     config.unet = ConfigDict(dict(variant="sd1", remat=True))
@@ -260,7 +142,7 @@ def sd1() -> ConfigDict:
 
 def sd2() -> ConfigDict:
     """Stable Diffusion 2 base: 865.91M UNet on OpenCLIP-H, eps, 512 pixels."""
-    config = base()
+    config = defaults.both_stages()
     config.resolution = 512
     config.conditioners.text = clip("stabilityai/stable-diffusion-2", "openclip_h")
     config.unet = ConfigDict(dict(variant="sd2", remat=True))

@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import pathlib
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -193,13 +194,14 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
     """Says which fields differ in what is computed: "a.b: 1 -> 2, …"; "" if none.
 
     What stands under `report` and `mesh` changes what is shown and where it runs, not
-    what is computed, so a run may be continued with other values there.
+    what is computed, so a run may be continued with other values there; and with other
+    learning rates and clipping, for that is how one is mended that went astray.
     """
     old, new = flatten(old), flatten(new)
-    free = ("report.", "mesh.", "preset")
+    free = re.compile(r"(report|mesh)\..*|preset|.*optim\.(learning_rate|clip_norm)")
     fields = [
         f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
         for key in sorted(old.keys() | new.keys())
-        if not key.startswith(free) and old.get(key, "absent") != new.get(key, "absent")
+        if not free.fullmatch(key) and old.get(key, "absent") != new.get(key, "absent")
     ]
     return ", ".join(fields)

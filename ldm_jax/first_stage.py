@@ -23,22 +23,40 @@ class FirstStage:
     std: jax.Array
 
 
+def downsampling(net: nn.Module) -> int:
+    """The factor f by which a latent is smaller than its image."""
+    return 2 ** (len(net.ch_mult) - 1)
+
+
 def latent_shape(net: nn.Module, resolution: int) -> tuple[int, int, int]:
     """(h, w, c) of the latent of a `resolution`-pixel square image."""
-    factor = 2 ** (len(net.ch_mult) - 1)
-    return resolution // factor, resolution // factor, net.embed_dim
+    side = resolution // downsampling(net)
+    return side, side, net.embed_dim
 
 
 def encode_moments(net: nn.Module, params: Any, x: jax.Array) -> jax.Array:
-    """Image [b, H, W, 3] in [-1, 1] to the posterior's moments [b, h, w, 2c]."""
+    """Image [b, H, W, 3] in [-1, 1] to what its latent is drawn from, [b, h, w, d].
+
+    KL: the posterior's moments, d = 2c. VQ: the latent before quantisation, d = c.
+    """
     return net.apply({"params": params}, x, method="encode").astype(jnp.float32)
 
 
+def mean_and_variance(
+    net: nn.Module, moments: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Of the latent that `moments` describe, each [b, h, w, c]; VQ has no variance."""
+    if isinstance(net, autoencoder.AutoencoderKL):
+        posterior = autoencoder.Posterior.from_moments(moments)
+        return posterior.mean, jnp.exp(posterior.logvar)
+    return moments, jnp.zeros_like(moments)
+
+
 def sample_moments(
-    first_stage: FirstStage, moments: jax.Array, key: jax.Array
+    net: nn.Module, first_stage: FirstStage, moments: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Draws a unit-variance latent z [b, h, w, c] from the posterior's moments."""
-    z = autoencoder.Posterior.from_moments(moments).sample(key)
+    """Draws a unit-variance latent z [b, h, w, c] from what `encode_moments` gave."""
+    z = net.apply({}, moments, key, method="latent")
     return (z - first_stage.mean[None, None, None]) / first_stage.std[None, None, None]
 
 
@@ -46,11 +64,15 @@ def encode(
     net: nn.Module, first_stage: FirstStage, x: jax.Array, key: jax.Array
 ) -> jax.Array:
     """Image [b, H, W, 3] in [-1, 1] to a unit-variance latent z [b, h, w, c]."""
-    return sample_moments(first_stage, encode_moments(net, first_stage.params, x), key)
+    moments = encode_moments(net, first_stage.params, x)
+    return sample_moments(net, first_stage, moments, key)
 
 
 def decode(net: nn.Module, first_stage: FirstStage, z: jax.Array) -> jax.Array:
-    """Unit-variance latent z [b, h, w, c] to an image [b, H, W, 3], about [-1, 1]."""
+    """Unit-variance latent z [b, h, w, c] to an image [b, H, W, 3], about [-1, 1].
+
+    A VQ autoencoder takes the nearest codes first.
+    """
     z = z * first_stage.std[None, None, None] + first_stage.mean[None, None, None]
     x = net.apply({"params": first_stage.params}, z, method="decode")
     return x.astype(jnp.float32)

@@ -1,6 +1,7 @@
 """The nets and tables of one config, assembled; what train and sample share."""
 
 import dataclasses
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from ldm_jax import first_stage
 from ldm_jax.conditioning import conditioners as conditioning
@@ -56,9 +58,17 @@ def kwargs_of(
 def build_autoencoder(config: ml_collections.ConfigDict) -> nn.Module:
     """The first stage of `config.autoencoder`, checked against `config.resolution`."""
     kwargs = kwargs_of("autoencoder", config.autoencoder, autoencoder.VARIANTS)
-    kwargs["dtype"] = compute_dtype(config.dtype)
-    net = construct("autoencoder", autoencoder.AutoencoderKL, kwargs)
-    factor = 2 ** (len(net.ch_mult) - 1)
+    kind = kwargs.pop("kind", "kl")
+    if kind not in autoencoder.KINDS:
+        raise UserError(
+            f"autoencoder.kind: {kind!r}; {nearest(kind, autoencoder.KINDS)}"
+        )
+    if kwargs.get("remap"):
+        kwargs["remap"] = read_remap(kwargs["remap"], kwargs["n_embed"])
+    if kind != "identity":
+        kwargs["dtype"] = compute_dtype(config.dtype)
+    net = construct("autoencoder", autoencoder.KINDS[kind], kwargs)
+    factor = first_stage.downsampling(net)
     if config.resolution % factor:
         near = config.resolution // factor * factor or factor
         raise UserError(
@@ -67,6 +77,32 @@ def build_autoencoder(config: ml_collections.ConfigDict) -> nn.Module:
             " autoencoder.ch_mult levels"
         )
     return net
+
+
+def read_remap(path: str, n_embed: int) -> tuple[int, ...]:
+    """The used codes of a VQ autoencoder from an .npy file, as taming writes it."""
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"autoencoder.remap: no file {path!r}; give an .npy of codes")
+    try:
+        used = np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise UserError(
+            f"autoencoder.remap: {path!r} is no array of numbers ({error}); save one"
+            " with numpy.save"
+        ) from error
+    if used.ndim != 1 or used.dtype.kind not in "iu" or not used.size:
+        raise UserError(
+            f"autoencoder.remap: {path!r} holds {used.dtype}{list(used.shape)}; it must"
+            " be a list of code indices"
+        )
+    if used.min() < 0 or used.max() >= n_embed:
+        wrong = used.min() if used.min() < 0 else used.max()
+        raise UserError(
+            f"autoencoder.n_embed: {n_embed}, but {path!r} of autoencoder.remap names"
+            f" code {wrong}; use n_embed={max(int(used.max()) + 1, n_embed)} or another"
+            " file"
+        )
+    return tuple(int(code) for code in used)
 
 
 def build(
@@ -97,14 +133,18 @@ def build(
 
 def init_autoencoder(
     config: ml_collections.ConfigDict, net: nn.Module, key: jax.Array
-) -> dict[str, Any]:
-    """Stage one's trained params: the autoencoder and, if learned, its logvar []."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Stage one's trained params and the collections that its steps move besides.
+
+    The params are those of the autoencoder and, if learned, its logvar [].
+    """
     x = jnp.zeros((1, config.resolution, config.resolution, net.in_channels))
-    params = {"autoencoder": net.init(key, x)["params"]}
+    variables = dict(net.init(key, x))
+    params = {"autoencoder": variables.pop("params", {})}
     settings = config.autoencoder_stage.loss
     if settings.learn_logvar:
         params["logvar"] = jnp.float32(settings.logvar_init)
-    return params
+    return params, variables
 
 
 def init_diffusion(

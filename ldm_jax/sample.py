@@ -26,6 +26,7 @@ from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.diffusion import samplers
+from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint
 
 
@@ -196,10 +197,16 @@ class LoadedModel:
 def load_first_stage(
     workdir: pathlib.Path, config: ml_collections.ConfigDict
 ) -> first_stage_lib.FirstStage:
-    """The finished autoencoder of a run with the statistics of its latents."""
+    """The finished autoencoder of a run with the statistics of its latents.
+
+    Where a config's first stage is the identity, pixels are the latents.
+    """
     net = model_lib.build_autoencoder(config)
+    if isinstance(net, autoencoder.Identity):
+        c = net.embed_dim
+        return first_stage_lib.FirstStage({}, jnp.zeros(c), jnp.ones(c))
     abstract = jax.eval_shape(
-        lambda: model_lib.init_autoencoder(config, net, jax.random.key(0))
+        lambda: model_lib.init_autoencoder(config, net, jax.random.key(0))[0]
     )
     saved = checkpoint.Checkpoints(workdir / "autoencoder")
     params, meta = saved.load_averaged(checkpoint.single_device(abstract))

@@ -15,7 +15,9 @@ from ldm_jax.conditioning import tokenizers
 from ldm_jax.train import checkpoint
 from ldm_jax.train import state as train_state
 
-TXT2IMG = str(pathlib.Path(__file__).parents[1] / "configs" / "txt2img.py")
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+TXT2IMG = str(CONFIGS / "txt2img.py")
+AUTOENCODER = str(CONFIGS / "autoencoder.py")
 CAPTIONS = ["a red circle on blue", "a blue square on red", "a green cross on white"]
 
 
@@ -49,7 +51,7 @@ def random_params(config, model, seed: int = 0):
     """Params of stage one and of stage two."""
     key = jax.random.key(0)
     first = jax.eval_shape(
-        lambda: model_lib.init_autoencoder(config, model.autoencoder, key)
+        lambda: model_lib.init_autoencoder(config, model.autoencoder, key)[0]
     )
     second = jax.eval_shape(lambda: model_lib.init_diffusion(config, model, key))
     return random_like(first, seed), random_like(second, seed + 1)

@@ -215,6 +215,7 @@ def autoencoder_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
         "mid_attn": "mid.attn_1",
         "mid_res_1": "mid.block_2",
         "skip": "nin_shortcut",
+        "embedding": "embedding.weight",
     }
     for path, shape in shapes.items():
         names = dict(table)
@@ -235,17 +236,18 @@ def autoencoder_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
 
 
 def autoencoder_params(
-    state_dict: Mapping[str, np.ndarray], net: autoencoder.AutoencoderKL
+    state_dict: Mapping[str, np.ndarray],
+    net: autoencoder.AutoencoderKL | autoencoder.VQModel,
 ) -> dict:
     """Params of `net` from an autoencoder's state dict (`first_stage_model.` removed).
 
     The training loss (`loss.…`: discriminator, LPIPS, logvar) and the EMA copy that a
-    checkpoint may carry are left out.
+    checkpoint may carry are left out, and so is the list of a remapped codebook.
     """
     size = 2 ** (len(net.ch_mult) - 1)
     x = jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32)
     shapes = abstract_params(net, x)
-    ignorable = r"(loss|model_ema)\..*"
+    ignorable = r"(loss|model_ema)\..*|quantize\.used"
     return convert(state_dict, autoencoder_rules(shapes), shapes, ignorable)
 
 

@@ -2,15 +2,21 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
+import ml_collections
 import numpy as np
 
+from ldm_jax import first_stage as first_stage_lib
+from ldm_jax import model as model_lib
 from ldm_jax import picture, sample
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.data import pipeline, sources
-from ldm_jax.evaluate import metrics
+from ldm_jax.evaluate import frechet, metrics
+from ldm_jax.nets import autoencoder, lpips, quantize
 
 
 def images(source: sources.Source, ops: Any) -> np.ndarray:
@@ -21,29 +27,84 @@ def images(source: sources.Source, ops: Any) -> np.ndarray:
 
 
 def reconstruction(
-    loaded: sample.LoadedModel, source: sources.Source, limit: int
+    config: ml_collections.ConfigDict,
+    net: nn.Module,
+    first_stage: first_stage_lib.FirstStage,
+    source: sources.Source,
+    limit: int,
+    weights: Mapping[str, Any],
 ) -> dict[str, float]:
-    """PSNR and SSIM of the first stage on the first `limit` pictures of a source."""
-    reconstruct = jax.jit(loaded.model.autoencoder.apply)
-    variables = {"params": loaded.first_stage.params}
+    """Scores of the first stage on the first `limit` pictures of a source.
+
+    Pictures go through the posterior's mode, or the nearest codes, and are compared in
+    8 bits. `weights` holds the params of nets that may be there: `lpips`, `inception`.
+    """
+    params = first_stage.params
+    vq = isinstance(net, autoencoder.VQModel)
+
+    @jax.jit
+    def reconstruct(params, x):
+        encoded = first_stage_lib.encode_moments(net, params, x)
+        bottleneck = net.apply({"params": params}, encoded, method="bottleneck")
+        x_hat = net.apply({"params": params}, bottleneck.z, method="decode")
+        return x_hat, bottleneck.penalty, bottleneck.indices, encoded
+
+    @jax.jit
+    def distance(params, x, x_hat):
+        return lpips.LPIPS().apply({"params": params}, x, x_hat)
+
     source = source.take(min(limit, len(source)))
-    psnr, ssim = [], []
-    ops = loaded.config.data.ops
+    pairs, values = [], {"psnr": [], "ssim": []}
+    uses, latent_size = 0, 1
     for batch in pipeline.eval_batches(
-        source, batch_size=64, ops=ops, fields=("image",)
+        source, batch_size=64, ops=config.data.ops, fields=("image",)
     ):
         keep = batch["_mask"] > 0
-        x = picture.to_uint8(batch["image"])[keep]
-        x_hat = picture.to_uint8(np.asarray(reconstruct(variables, batch["image"])))[
-            keep
-        ]
-        psnr.append(metrics.psnr(x, x_hat))
-        ssim.append(metrics.ssim(x, x_hat))
-    return {
-        "psnr": float(np.mean(np.concatenate(psnr))),
-        "ssim": float(np.mean(np.concatenate(ssim))),
-        "images": len(source),
-    }
+        x_hat, penalty, indices, encoded = reconstruct(params, batch["image"])
+        pair = [picture.to_uint8(np.asarray(x))[keep] for x in (batch["image"], x_hat)]
+        pairs.append(pair)
+        values["psnr"].append(metrics.psnr(*pair))
+        values["ssim"].append(metrics.ssim(*pair))
+        if "lpips" in weights:
+            x, y = (np.float32(x) / 127.5 - 1 for x in pair)
+            values.setdefault("lpips", []).append(
+                np.asarray(distance(weights["lpips"], x, y))
+            )
+        if vq:
+            kept = np.asarray(indices).reshape(len(keep), -1)[keep]
+            uses = uses + np.bincount(kept.ravel(), minlength=net.n_embed)
+        else:
+            latent_size = encoded[0].size // 2
+            values.setdefault("kl_per_dim", []).append(
+                np.asarray(penalty)[keep] / latent_size
+            )
+    scores = {k: float(np.mean(np.concatenate(v))) for k, v in values.items()}
+    if vq:
+        scores["codes_used"] = float(quantize.usage(uses))
+        scores["perplexity"] = float(quantize.perplexity(uses))
+    real, fake = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    if len(real) > 1:
+        scores |= distances(real, fake, weights)
+    return scores | {"images": len(source)}
+
+
+def distances(
+    real: np.ndarray, fake: np.ndarray, weights: Mapping[str, Any]
+) -> dict[str, float]:
+    """Fréchet distances between two sets of pictures: FID too where Inception is there.
+
+    The other one needs no weights; see evaluate/frechet.py.
+    """
+
+    def between(features):
+        a, b = (frechet.Statistics.of(features(x)) for x in (real, fake))
+        return frechet.frechet_distance(a, b)
+
+    scores = {"random_net_distance": between(frechet.random_features)}
+    if "inception" in weights:
+        params = weights["inception"]
+        scores["fid"] = between(lambda x: frechet.inception_features(params, x)[0])
+    return scores
 
 
 def spread(source: sources.Source, count: int) -> sources.Source:
@@ -78,17 +139,24 @@ def evaluate(
     workdir: pathlib.Path,
     train_source: sources.Source,
     heldout_source: sources.Source,
+    weights: Mapping[str, Any],
 ) -> dict[str, dict[str, float]]:
     """Scores a run and draws its grids into `pictures/`."""
-    loaded = sample.load(workdir)
-    settings = loaded.config.report
-    scores = {
-        "reconstruction, held out": reconstruction(
-            loaded, heldout_source, settings.eval_images
+    config = workdir_lib.read_config(workdir)
+    settings, scores = config.report, {}
+    net = model_lib.build_autoencoder(config)
+    if not isinstance(net, autoencoder.Identity):
+        scores["reconstruction, held out"] = reconstruction(
+            config,
+            net,
+            sample.load_first_stage(workdir, config),
+            heldout_source,
+            settings.eval_images,
+            weights,
         )
-    }
-    if "caption" not in train_source.fields:
+    if "diffusion" not in config.stages or "caption" not in train_source.fields:
         return scores
+    loaded = sample.load(workdir)
     for name, source in (("training", train_source), ("held-out", heldout_source)):
         count = min(settings.retrieval_captions, len(source))
         found, drawn, captions = retrieval(loaded, source, count)
@@ -101,32 +169,43 @@ def evaluate(
     return scores
 
 
+# How a score is called and written.
+_SHOWN = {
+    "psnr": "PSNR {:.2f} dB",
+    "ssim": "SSIM {:.4f}",
+    "lpips": "LPIPS {:.4f}",
+    "kl_per_dim": "KL {:.3g} nats/dim",
+    "codes_used": "codes used {:.1%}",
+    "perplexity": "perplexity {:.4g}",
+    "fid": "FID {:.4g}",
+    "random_net_distance": "random-net Fréchet distance {:.4g}",
+    "top1": "top-1 {:.1%}",
+    "top5": "top-5 {:.1%}",
+    "images": "{} images",
+    "captions": "{} captions",
+}
+
+
 def table(scores: dict[str, dict[str, float]]) -> str:
     """The scores as aligned text."""
-    width = max(map(len, scores))
-    rows = []
-    for name, values in scores.items():
-        cells = []
-        for key, value in values.items():
-            if key in ("images", "captions"):
-                cells.append(f"{value} {key}")
-            elif key.startswith("top"):
-                cells.append(f"top-{key[3:]} {value:.1%}")
-            else:
-                cells.append(f"{key.upper()} {value:.4g}")
-        rows.append(f"{name.ljust(width)}  {'  '.join(cells)}")
-    return "\n".join(rows)
+    width = max(map(len, scores), default=0)
+    return "\n".join(
+        name.ljust(width)
+        + "".join(f"  {_SHOWN[key].format(value)}" for key, value in values.items())
+        for name, values in scores.items()
+    )
 
 
 def write(
     workdir: pathlib.Path,
     train_source: sources.Source,
     heldout_source: sources.Source,
+    weights: Mapping[str, Any] | None = None,
 ) -> None:
     """Evaluates a run on every process alike; the first one writes and prints."""
-    scores = evaluate(workdir, train_source, heldout_source)
+    scores = evaluate(workdir, train_source, heldout_source, weights or {})
     if jax.process_index() > 0:
         return
     workdir_lib.write_text(workdir / "report.json", json.dumps(scores, indent=2) + "\n")
     print(table(scores))
-    print(f"pictures: {workdir / 'pictures' / 'samples_training.png'}", flush=True)
+    print(f"pictures: {workdir / 'pictures'}", flush=True)

@@ -1,18 +1,20 @@
-"""The KL autoencoder of latent diffusion (Rombach et al., arXiv 2112.10752, §3.1).
+"""The first stages of latent diffusion (Rombach et al., arXiv 2112.10752, §3.1).
 
 `ch_mult` sets the widths of the levels; every level but the last halves the image, so
-f = 2^(levels - 1).
+f = 2^(levels - 1). `AutoencoderKL`, `VQModel` and `Identity` have the same methods:
+encode, latent, bottleneck, decode.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nets import attention, layers
+from ldm_jax.nets import attention, layers, quantize
 
 
 @flax.struct.dataclass
@@ -46,6 +48,19 @@ class Posterior:
         """Negative log-likelihood of z [b], summed over a latent."""
         distance = jnp.square(z - self.mean) * jnp.exp(-self.logvar)
         return 0.5 * (jnp.log(2 * jnp.pi) + self.logvar + distance).sum((1, 2, 3))
+
+
+@flax.struct.dataclass
+class Bottleneck:
+    """What training decodes, z [b, h, w, c] float32, and its price, penalty [b].
+
+    The penalty is the KL or the codebook's loss of an image. `indices` are the codes
+    of a VQModel, None elsewhere.
+    """
+
+    z: jax.Array
+    penalty: jax.Array
+    indices: jax.Array | None = None
 
 
 class ResBlock(nn.Module):
@@ -98,6 +113,11 @@ class Coder(nn.Module):
     norm_groups: int = 32
     dtype: jnp.dtype = jnp.float32
 
+    def options_of(self, cls: type[nn.Module]) -> dict[str, Any]:
+        """Constructor arguments of `cls` that are options of this module too."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"name", "parent"}
+        return {name: getattr(self, name) for name in names}
+
     def conv(self, features: int, name: str, **kwargs) -> layers.Conv:
         return layers.Conv(features, dtype=self.dtype, name=name, **kwargs)
 
@@ -134,6 +154,8 @@ class Coder(nn.Module):
 class Encoder(Coder):
     """Image [b, H, W, in_channels] to features [b, h, w, z_channels or twice that]."""
 
+    bias_offset: Sequence[float] | None = None  # of the last convolution
+
     @nn.compact
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         h = self.conv(self.ch, "conv_in")(x)
@@ -152,7 +174,8 @@ class Encoder(Coder):
             else:
                 h = layers.avg_pool(h)
         h = self.finish(self.mid(h, deterministic))
-        return self.conv(self.z_channels * (1 + self.double_z), "conv_out")(h)
+        features = self.z_channels * (1 + self.double_z)
+        return self.conv(features, "conv_out", bias_offset=self.bias_offset)(h)
 
 
 class Decoder(Coder):
@@ -190,65 +213,235 @@ class Decoder(Coder):
         return h if self.give_pre_end else self.image(h)
 
 
-class AutoencoderKL(Coder):
-    """Encoder, decoder, and the 1x1 convolutions to and from `embed_dim` channels."""
+class Autoencoder(Coder):
+    """What the KL and the VQ autoencoder share; their `setup` makes the parts."""
 
     embed_dim: int = 4
-    # The posterior's logvar starts about here: at 0, as in the reference, noise drowns
-    # the first latents, and a short run pays for it.
-    init_logvar: float = 0.0
-
-    def setup(self):
-        if not self.double_z:
-            raise ValueError("double_z False: the KL autoencoder needs mean and logvar")
-        names = [field.name for field in dataclasses.fields(Coder)]
-        options = {n: getattr(self, n) for n in names if n not in ("name", "parent")}
-        self.encoder = Encoder(**options)
-        self.decoder = Decoder(**options)
-        start = (0.0,) * self.embed_dim + (self.init_logvar,) * self.embed_dim
-        self.quant_conv = layers.Conv(
-            2 * self.embed_dim, 1, bias_offset=start, dtype=self.dtype
-        )
-        self.post_quant_conv = layers.Conv(self.z_channels, 1, dtype=self.dtype)
 
     def encode(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Image [b, H, W, in_channels] in [-1, 1] to moments [b, h, w, 2·embed_dim]."""
+        """Image [b, H, W, in_channels] in [-1, 1] to what `latent` takes [b, h, w, d].
+
+        KL: the moments of the posterior, d = 2·embed_dim. VQ: the latent before it is
+        quantised, d = embed_dim, which is what diffusion works on.
+        """
         return self.quant_conv(self.encoder(x, deterministic=deterministic))
 
-    def decode(self, z: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """Latent z [b, h, w, embed_dim] to image [b, H, W, out_ch], not clipped."""
-        return self.decoder(self.post_quant_conv(z), deterministic=deterministic)
-
     def decode_features(self, z: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        """`decode` up to the last convolution: `decode(z) == conv_out(this)`."""
+        """`decode` up to the last convolution: `decode(z) == conv_out(this)`.
+
+        A VQModel takes z as `bottleneck` gives it, already quantised.
+        """
         return self.decoder.features(self.post_quant_conv(z), deterministic)
 
     def conv_out(self, features: jax.Array) -> jax.Array:
         """The decoder's last layer: what `decode_features` gave to image."""
         return self.decoder.image(features)
 
+
+class AutoencoderKL(Autoencoder):
+    """Encoder, decoder, and the 1x1 convolutions to and from `embed_dim` channels."""
+
+    # The posterior's logvar starts about here: at 0, as in the reference, noise drowns
+    # the first latents, and a short run pays for it.
+    init_logvar: float = 0.0
+    use_quant_convs: bool = True  # False: no 1x1 convolutions, as Stability trains it
+
+    def setup(self):
+        if not self.double_z:
+            raise ValueError("double_z False: the KL autoencoder needs mean and logvar")
+        if not self.use_quant_convs and self.embed_dim != self.z_channels:
+            raise ValueError(
+                f"embed_dim {self.embed_dim} differs from z_channels {self.z_channels},"
+                " which needs use_quant_convs True"
+            )
+        options = self.options_of(Coder)
+        start = (0.0,) * self.embed_dim + (self.init_logvar,) * self.embed_dim
+        if self.use_quant_convs:
+            self.encoder = Encoder(**options)
+            self.quant_conv = layers.Conv(
+                2 * self.embed_dim, 1, bias_offset=start, dtype=self.dtype
+            )
+            self.post_quant_conv = layers.Conv(self.z_channels, 1, dtype=self.dtype)
+        else:
+            self.encoder = Encoder(**options, bias_offset=start)
+            self.quant_conv = self.post_quant_conv = lambda h: h
+        self.decoder = Decoder(**options)
+
+    def latent(self, encoded: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """z [b, h, w, embed_dim] of moments: drawn with `key`, the mode without."""
+        posterior = Posterior.from_moments(encoded)
+        return posterior.mode() if key is None else posterior.sample(key)
+
+    def bottleneck(
+        self, encoded: jax.Array, key: jax.Array | None = None
+    ) -> Bottleneck:
+        """`latent`, and the KL of every image."""
+        z = self.latent(encoded, key)
+        return Bottleneck(z, Posterior.from_moments(encoded).kl())
+
+    def decode(self, z: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Latent z [b, h, w, embed_dim] to image [b, H, W, out_ch], not clipped."""
+        return self.decoder(self.post_quant_conv(z), deterministic=deterministic)
+
     def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
         """Reconstructs x through the posterior's mode."""
-        moments = self.encode(x, deterministic=deterministic)
-        z = Posterior.from_moments(moments).mode()
+        z = self.latent(self.encode(x, deterministic=deterministic))
         return self.decode(z, deterministic=deterministic)
 
 
-_KL_F4 = dict(ch_mult=(1, 2, 4), z_channels=3, embed_dim=3)
-_KL_F8 = dict(ch_mult=(1, 2, 4, 4), z_channels=4, embed_dim=4)
-_KL_F16 = dict(
-    ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,), z_channels=16, embed_dim=16
-)
+class VQModel(Autoencoder):
+    """An autoencoder whose decoder sees codes only; see `quantize.VectorQuantizer`.
+
+    Its latent is the one before quantisation, and `decode` quantises: diffusion need
+    not hit the codes (the reference's VQModelInterface).
+    """
+
+    z_channels: int = 3
+    double_z: bool = False
+    embed_dim: int = 3
+    n_embed: int = 8192
+    beta: float = 0.25
+    legacy: bool = True
+    remap: Sequence[int] | None = None
+    unknown_index: str | int = "random"
+    sane_index_shape: bool = False
+    l2_normalize: bool = False
+    ema_decay: float = 0.0
+    revive_below: float = 0.0
+
+    def setup(self):
+        if self.double_z:
+            raise ValueError("double_z True: a VQ autoencoder has no logvar")
+        options = self.options_of(Coder)
+        self.encoder, self.decoder = Encoder(**options), Decoder(**options)
+        self.quant_conv = layers.Conv(self.embed_dim, 1, dtype=self.dtype)
+        self.post_quant_conv = layers.Conv(self.z_channels, 1, dtype=self.dtype)
+        self.quantize = self.make_quantizer()
+
+    @nn.nowrap
+    def make_quantizer(self) -> quantize.VectorQuantizer:
+        """The quantizer, whose param is `quantize/embedding` of this net's."""
+        cls = quantize.VectorQuantizer
+        return cls(**self.options_of(cls))
+
+    def latent(self, encoded: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """z [b, h, w, embed_dim]: `encoded` itself."""
+        return encoded.astype(jnp.float32)
+
+    def bottleneck(
+        self, encoded: jax.Array, key: jax.Array | None = None
+    ) -> Bottleneck:
+        """Codes with the straight-through gradient, the codebook's loss, indices."""
+        quantized = self.quantize(encoded, key)
+        return Bottleneck(quantized.z_q, quantized.loss, quantized.indices)
+
+    def decode(
+        self, z: jax.Array, *, quantize: bool = True, deterministic: bool = True
+    ) -> jax.Array:
+        """Latent z [b, h, w, embed_dim] to image [b, H, W, out_ch], not clipped.
+
+        z is quantised first. With `quantize` False it is decoded as is, but for its
+        length if the codes have length 1.
+        """
+        step = self.quantize.straight_through if quantize else self.quantize.unit
+        z = self.post_quant_conv(step(z))
+        return self.decoder(z, deterministic=deterministic)
+
+    def decode_code(
+        self, indices: jax.Array, *, deterministic: bool = True
+    ) -> jax.Array:
+        """Indices [b, h, w], as `bottleneck` gives them, to image [b, H, W, out_ch]."""
+        z = self.post_quant_conv(self.quantize.get_codebook_entry(indices))
+        return self.decoder(z, deterministic=deterministic)
+
+    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        """Reconstructs x through the codes."""
+        z = self.latent(self.encode(x, deterministic=deterministic))
+        return self.decode(z, deterministic=deterministic)
+
+
+class Identity(nn.Module):
+    """The first stage of diffusion on pixels: the image is the latent; no params."""
+
+    channels: int = 3
+
+    ch_mult = (1,)  # f = 1
+
+    @property
+    def in_channels(self) -> int:
+        return self.channels
+
+    @property
+    def embed_dim(self) -> int:
+        return self.channels
+
+    def encode(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        return x
+
+    def latent(self, encoded: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return encoded
+
+    def bottleneck(
+        self, encoded: jax.Array, key: jax.Array | None = None
+    ) -> Bottleneck:
+        return Bottleneck(encoded, jnp.zeros(len(encoded)))
+
+    def decode(self, z: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        return z
+
+    def __call__(self, x: jax.Array, *, deterministic: bool = True) -> jax.Array:
+        return x
+
+
+_KL_F4 = dict(kind="kl", ch_mult=(1, 2, 4), z_channels=3, embed_dim=3)
+_KL_F8 = dict(kind="kl", ch_mult=(1, 2, 4, 4), z_channels=4, embed_dim=4)
+_F16 = dict(ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,))
+_KL_F16 = dict(kind="kl", **_F16, z_channels=16, embed_dim=16)
 _KL_F32 = dict(
-    ch_mult=(1, 1, 2, 2, 4, 4), attn_resolutions=(16, 8), z_channels=64, embed_dim=64
+    kind="kl",
+    ch_mult=(1, 1, 2, 2, 4, 4),
+    attn_resolutions=(16, 8),
+    z_channels=64,
+    embed_dim=64,
+)
+_VQ_F4 = dict(kind="vq", ch_mult=(1, 2, 4), z_channels=3, embed_dim=3, n_embed=8192)
+_VQ_F8 = dict(
+    kind="vq",
+    ch_mult=(1, 2, 2, 4),
+    attn_resolutions=(32,),
+    z_channels=4,
+    embed_dim=4,
+    n_embed=16384,
 )
 
+# What is not named here is a default: 128 channels, two blocks a level, 256 pixels.
 VARIANTS = {
     "kl_f4": _KL_F4,
     "kl_f8": _KL_F8,
     "kl_f16": _KL_F16,
     "kl_f32": _KL_F32,
+    "vq_f4": _VQ_F4,
+    "vq_f4_noattn": _VQ_F4 | dict(attn_type="none"),
+    "vq_f8": _VQ_F8,
+    "vq_f8_n256": _VQ_F8 | dict(n_embed=256),
+    "vq_f16": dict(kind="vq", **_F16, z_channels=8, embed_dim=8, n_embed=16384),
+    "vqgan_f16_1024": dict(
+        kind="vq", **_F16, z_channels=256, embed_dim=256, n_embed=1024
+    ),
+    "inpainting_big": _VQ_F4 | dict(attn_type="none"),
     "sd": _KL_F8,
     "sd_x4": _KL_F4 | dict(z_channels=4, embed_dim=4),
     "rdm": _KL_F16,
+    "sgm_kl_f4": _KL_F4
+    | dict(
+        z_channels=4,
+        embed_dim=4,
+        num_res_blocks=4,
+        attn_type="none",
+        use_quant_convs=False,
+    ),
+    "sgm_kl_f8": _KL_F8 | dict(z_channels=8, embed_dim=8, use_quant_convs=False),
+    "identity": dict(kind="identity"),
 }
+
+KINDS = {"kl": AutoencoderKL, "vq": VQModel, "identity": Identity}

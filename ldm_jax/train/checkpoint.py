@@ -1,9 +1,9 @@
 """Checkpoints: the only module that knows orbax. Imports no TensorFlow.
 
-One checkpoint is a step folder with the items `params`, `opt_state`, `ema` and `meta`
-(JSON: config, statistics, versions, and a fingerprint of every array). Orbax writes to
-a temporary folder and renames it when all is there, so a half-written one never counts;
-the fingerprints find one that was damaged later.
+One checkpoint is a step folder with the trees of a `TrainState`, each an item, and
+`meta` (JSON: counters, statistics, versions, and a fingerprint of every array). Orbax
+writes to a temporary folder and renames it when all is there, so a half-written one
+never counts; the fingerprints find one that was damaged later.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from ldm_jax.train.state import TrainState
 
 log = logging.getLogger(__name__)
 
-TREES = ("params", "opt_state", "ema")
+TREES = ("params", "opt_state", "ema", "variables", "adversary")
 
 # What the system says when no more can be written: disk, quota, limit on file size.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -62,7 +62,7 @@ def fingerprint(tree: Any) -> list[int]:
 
 def _trees(state: TrainState) -> dict[str, Any]:
     trees = {name: getattr(state, name) for name in TREES}
-    return {name: tree for name, tree in trees.items() if tree is not None}
+    return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
 
 
 class Checkpoints:
@@ -99,7 +99,8 @@ class Checkpoints:
         self._check_space(trees)
         prints = {name: fingerprint(tree) for name, tree in trees.items()}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items["meta"] = ocp.args.JsonSave({**meta, "fingerprints": prints})
+        facts = {"skipped": int(state.skipped), "fingerprints": prints}
+        items["meta"] = ocp.args.JsonSave({**meta, **facts})
         with _disk_errors(self.folder):
             if step in self.steps():  # damaged: a sound one would have been restored
                 self.manager.wait_until_finished()
@@ -133,6 +134,14 @@ class Checkpoints:
     def read_meta(self, step: int) -> dict[str, Any]:
         """The JSON that was saved with `step`."""
         return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
+
+    def finished(self) -> bool:
+        """Whether the newest checkpoint is that of the last step."""
+        steps = self.steps()
+        try:
+            return bool(steps) and self.read_meta(steps[0])["complete"]
+        except DamagedError:
+            return False
 
     def restore_tree(self, step: int, name: str, abstract: Any, prints: list[int]):
         """One tree of `step` onto the shardings of `abstract`; checks every array."""
@@ -181,8 +190,9 @@ class Checkpoints:
                     error,
                 )
                 continue
-            state = abstract.replace(step=jnp.asarray(step, jnp.int32), **trees)
-            return state, meta
+            counters = {"step": step, "skipped": meta["skipped"]}
+            counters = {k: jnp.asarray(v, jnp.int32) for k, v in counters.items()}
+            return abstract.replace(**counters, **trees), meta
         if steps:
             raise UserError(
                 f"--workdir: all checkpoints in {self.folder} are damaged (steps"

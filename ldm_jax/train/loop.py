@@ -1,10 +1,12 @@
 """The training loop: one for every stage, read from top to bottom."""
 
+import functools
 import pathlib
 import signal
 import time
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
@@ -19,6 +21,7 @@ from ldm_jax.config import UserError
 from ldm_jax.data import pipeline, sources
 from ldm_jax.diffusion import objective, schedules
 from ldm_jax.evaluate import run_report
+from ldm_jax.train import alarms as alarms_lib
 from ldm_jax.train import (
     checkpoint,
     optim,
@@ -64,19 +67,23 @@ def check(
             hint = config_lib.nearest(name, STAGES)
             raise UserError(f"stages: no stage {name!r}; {hint}")
     mesh = sharding.make_mesh(config.mesh)
-    for name in STAGES:
+    for name in config.stages:
         section = config[f"{name}_stage"]
         own = section.batch_size is not None
+        size = stage_lib.batch_size(section, config)
         sharding.check_batch_size(
             f"{name}_stage.batch_size" if own else "batch_size",
-            stage_lib.batch_size(section, config),
+            size,
             mesh,
             section.micro_batches,
         )
-        optim.make_optimizer(section.optim, section.steps)
-    schedules.check_parameterization(config.diffusion.parameterization)
-    objective.check_loss_type(config.diffusion_stage.loss.loss_type)
-    model_lib.build_autoencoder(config)
+        optim.make_optimizer(section.optim, section.steps, size)
+    net = model_lib.build_autoencoder(config)
+    if "autoencoder" in config.stages:
+        step_autoencoder.check(config, net, mesh)
+    if "diffusion" in config.stages:
+        schedules.check_parameterization(config.diffusion.parameterization)
+        objective.check_loss_type(config.diffusion_stage.loss.loss_type)
     if workdir_lib.config_path(workdir).exists():
         changed = config_lib.differences(workdir_lib.read_config(workdir), config)
         if changed:
@@ -87,8 +94,10 @@ def check(
     return mesh
 
 
-def check_pictures(config: ml_collections.ConfigDict, source: sources.Source) -> None:
-    """Looks at one picture: data.ops must leave what config.resolution says."""
+def check_pictures(
+    config: ml_collections.ConfigDict, net: nn.Module, source: sources.Source
+) -> None:
+    """Looks at one picture: data.ops must leave what resolution and net want."""
     batches = pipeline.eval_batches(
         source, batch_size=1, ops=config.data.ops, fields=("image",), limit=1
     )
@@ -98,6 +107,12 @@ def check_pictures(config: ml_collections.ConfigDict, source: sources.Source) ->
             f"data.ops: give pictures of {shape[0]}x{shape[1]}, but resolution is"
             f" {side}; set the sizes of resize and crop to {side}"
         )
+    for field in ("in_channels", "out_ch"):
+        if getattr(net, field, shape[2]) != shape[2]:
+            raise UserError(
+                f"autoencoder.{field}: {getattr(net, field)}, but the pictures have"
+                f" {shape[2]} channels; set it to {shape[2]}"
+            )
 
 
 def check_fields(config: ml_collections.ConfigDict, source: sources.Source) -> None:
@@ -147,10 +162,10 @@ def open_workdir(
                     partial = folder.with_name(f".{name}")
                     tokenizer.save_pretrained(partial)
                     partial.rename(folder)
-            if not workdir_lib.config_path(workdir).exists():
-                workdir_lib.write_text(
-                    workdir_lib.config_path(workdir), config_lib.to_json(config)
-                )
+            # Also where a run goes on with another report, mesh or learning rate.
+            workdir_lib.write_text(
+                workdir_lib.config_path(workdir), config_lib.to_json(config)
+            )
         except OSError as error:
             raise UserError(
                 f"--workdir: {workdir} cannot be written ({error}); choose another"
@@ -173,13 +188,8 @@ def run_stage(
     every = config.report
 
     # ---- Abstract state, then the newest checkpoint or a fresh one --------------
-    tx, schedule = optim.make_optimizer(section.optim, steps)
-
-    def create(key):
-        return train_state.create(stage.init(key), tx, section.ema_decay)
-
     key = train_state.step_key(config.seed, 0, train_state.INIT)
-    abstract = jax.eval_shape(create, key)
+    abstract = jax.eval_shape(stage.create, key)
     shardings = sharding.tree_shardings(abstract, mesh)
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -191,7 +201,7 @@ def run_stage(
     saved = checkpoint.Checkpoints(workdir / stage.name, every.max_to_keep)
     restored = saved.restore_newest(abstract)
     if restored is None:
-        state = jax.jit(create, out_shardings=shardings)(key)
+        state = jax.jit(stage.create, out_shardings=shardings)(key)
     else:
         state, meta = restored
         if meta["complete"]:
@@ -230,33 +240,39 @@ def run_stage(
     frozen = jax.device_put(
         jax.tree.map(np.asarray, stage.frozen), sharding.replicated(mesh)
     )
-    step_fn = jax.jit(
-        stage_lib.make_step(
-            stage.loss,
-            tx,
-            seed=config.seed,
-            micro_batches=section.micro_batches,
-            ema_decay=section.ema_decay,
-        ),
-        in_shardings=(shardings, sharding.replicated(mesh), rows),
-        out_shardings=(shardings, None),
-        donate_argnums=0,
-    )
-    evaluate = stage_lib.make_evaluate(stage.loss, config.seed)
+    evaluate = stage_lib.make_evaluate(stage, config.seed)
     batch = next(batches)
-    began = time.monotonic()
-    step_fn = step_fn.lower(state, frozen, batch).compile()
-    report.say(f"{stage.name}: compiled in {time.monotonic() - began:.1f} s")
 
+    @functools.lru_cache(maxsize=1)
+    def compiled(phase):
+        began = time.monotonic()
+        step_fn = jax.jit(
+            phase.step,
+            in_shardings=(shardings, sharding.replicated(mesh), rows),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        )
+        step_fn = step_fn.lower(state, frozen, batch).compile()
+        seconds = time.monotonic() - began
+        since = f"the step from {phase.first} on, " if phase.first else ""
+        report.say(f"{stage.name}: {since}compiled in {seconds:.1f} s")
+        return step_fn
+
+    def phase_at(step):
+        return [phase for phase in stage.phases if phase.first <= step][-1]
+
+    compiled(phase_at(first_step))
     dashboard = report.Dashboard(workdir, stage.name, every.profile)
     dashboard.start(config, abstract.params)
 
     def evaluated(step):
         params = train_state.averaged(state)
         pairs = [evaluate(params, frozen, b, i) for i, b in enumerate(heldout)]
-        values = report.mean_metrics(pairs)
+        values = stage.summarize(report.mean_metrics(pairs), len(pairs))
         dashboard.scalars(step, {f"heldout/{k}": v for k, v in values.items()})
-        shown = ", ".join(f"{k} {v:.4g}" for k, v in values.items())
+        # One value for each channel is more than a line can hold.
+        shown = {k: v for k, v in values.items() if "/" not in k}
+        shown = ", ".join(f"{k} {v:.4g}" for k, v in shown.items())
         report.say(f"{stage.name} {step}/{steps}  held-out: {shown}")
 
     def pictured(step):
@@ -267,11 +283,12 @@ def run_stage(
         saved.save(state, meta | facts)
 
     # ---- Steps. Order: update, log, evaluate, look, save. -----------------------
+    alarms = alarms_lib.Alarms(section)
     progress = report.Progress(stage.name, first_step, steps, batch_size)
     pending, stopped = [], False
     try:
         for step in range(first_step + 1, steps + 1):
-            state, metrics = step_fn(state, frozen, batch)
+            state, metrics = compiled(phase_at(step - 1))(state, frozen, batch)
             if step < steps:
                 batch = next(batches)
             pending.append(metrics)
@@ -283,17 +300,20 @@ def run_stage(
             stopped = stop.at(step)
             last = step == steps or stopped
             if step % every.log_steps == 0 or last:
-                values = report.mean_metrics(pending)
-                if not np.isfinite(values["loss"]):
-                    raise UserError(
-                        f"{stage.name}_stage.optim.learning_rate:"
-                        f" {section.optim.learning_rate}, and the loss is"
-                        f" {values['loss']} by step {step}; lower it or set"
-                        " optim.clip_norm=1.0, then run again from the last checkpoint"
-                    )
-                values["learning_rate"] = float(schedule(step - 1))
+                values = stage.summarize(report.mean_metrics(pending), len(pending))
+                values["learning_rate"] = float(stage.schedule(step - 1))
                 values |= progress.line(step, values, batches.waited)
                 dashboard.scalars(step, {f"train/{k}": v for k, v in values.items()})
+                for line in alarms.check(values):
+                    report.say(f"{stage.name} {step}/{steps}  alarm: {line}")
+                error = alarms_lib.too_many_skips(
+                    int(state.skipped),
+                    min(every.max_skipped, steps - first_step),
+                    stage.name,
+                    section.optim.learning_rate,
+                )
+                if error is not None:
+                    raise error
                 pending = []
             if stopped and step < steps:
                 save(step)
@@ -318,14 +338,15 @@ def run_stage(
 
 
 def plan(
-    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion, pictures: int
+    config: ml_collections.ConfigDict,
+    net: nn.Module,
+    model: model_lib.LatentDiffusion | None,
+    pictures: int,
 ) -> None:
     """Says what is about to happen: per stage its size, steps, images and epochs."""
     key = jax.random.key(0)
     inits = {
-        "autoencoder": lambda: model_lib.init_autoencoder(
-            config, model.autoencoder, key
-        ),
+        "autoencoder": lambda: model_lib.init_autoencoder(config, net, key)[0],
         "diffusion": lambda: model_lib.init_diffusion(config, model, key),
     }
     for name in config.stages:
@@ -337,7 +358,8 @@ def plan(
             raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
         report.say(
             f"plan: {name}, {parameters / 1e6:.2f}M parameters, {section.steps} steps"
-            f" of {size} images, {section.steps * size / pictures:.1f} epochs"
+            f" of {size} images, {section.steps * size / pictures:.1f} epochs;"
+            f" {optim.describe(section.optim, size)}"
         )
 
 
@@ -373,7 +395,8 @@ def train(
 
     # ---- Data, nets, workdir ----------------------------------------------------
     train_source, heldout_source = sources.load_splits(config.data, config.resolution)
-    check_pictures(config, train_source)
+    net = model_lib.build_autoencoder(config)
+    check_pictures(config, net, train_source)
     for source in (train_source, heldout_source):
         check_fields(config, source)
     report.say(
@@ -381,17 +404,21 @@ def train(
         f" {len(heldout_source)} held out, {config.resolution} pixels"
     )
     tokenizer_of = make_tokenizers(config, workdir, train_source)
-    model = model_lib.build(config, tokenizer_of)
+    model, frozen = None, {}
     if "diffusion" in config.stages:
+        model = model_lib.build(config, tokenizer_of)
         step_diffusion.check_weights(model)
-    plan(config, model, len(train_source))
+    finished = checkpoint.Checkpoints(workdir / "autoencoder").finished()
+    if "autoencoder" in config.stages and not finished:
+        frozen = step_autoencoder.load_frozen(config)
+    plan(config, net, model, len(train_source))
     open_workdir(workdir, config, tokenizer_of)
 
     # ---- Stages -----------------------------------------------------------------
     for name in config.stages:
         if name == "autoencoder":
             stage = step_autoencoder.make_stage(
-                config, model.autoencoder, train_source, heldout_source
+                config, net, train_source, heldout_source, mesh, frozen
             )
         else:
             first_stage = sample.load_first_stage(workdir, config)
@@ -405,7 +432,6 @@ def train(
         del state, stage
 
     # ---- What came out ----------------------------------------------------------
-    if "diffusion" in config.stages:
-        run_report.write(workdir, train_source, heldout_source)
+    run_report.write(workdir, train_source, heldout_source)
     report.say(f"peak memory {report.peak_memory_gb():.1f} GB")
     return True

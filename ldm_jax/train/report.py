@@ -44,13 +44,16 @@ def peak_memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def mean_metrics(steps: Sequence[Metrics]) -> dict[str, float]:
+def mean_metrics(steps: Sequence[Metrics]) -> dict[str, np.ndarray]:
     """Pools (sum, count) pairs; a metric without any count is left out."""
-    totals: dict[str, np.ndarray] = {}
+    totals: dict[str, list[np.ndarray]] = {}
     for metrics in jax.device_get(list(steps)):
         for name, pair in metrics.items():
-            totals[name] = totals.get(name, 0.0) + np.asarray(pair, np.float64)
-    return {k: float(total / n) for k, (total, n) in sorted(totals.items()) if n}
+            old = totals.get(name, (0.0, 0.0))
+            totals[name] = [
+                o + np.asarray(p, np.float64) for o, p in zip(old, pair, strict=True)
+            ]
+    return {k: total / n for k, (total, n) in sorted(totals.items()) if n}
 
 
 class Dashboard:

@@ -1,4 +1,4 @@
-"""What the loop trains: a stage gives init, loss, data and things to look at."""
+"""What the loop trains: a stage gives a state, steps, data and things to look at."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,19 +11,35 @@ import optax
 from ldm_jax.data import sources
 from ldm_jax.train import state as train_state
 
+# (params, frozen, batch, key, deterministic=False) -> (loss, metrics)
+Loss = Callable[..., tuple[jax.Array, train_state.Metrics]]
+# (state, frozen, batch) -> (state, metrics), pure; the loop compiles it
+Step = Callable[
+    [train_state.TrainState, Any, Any],
+    tuple[train_state.TrainState, train_state.Metrics],
+]
+
+
+class Phase(NamedTuple):
+    """A step that is taken from the update `first` on, until the next phase's."""
+
+    first: int
+    step: Step
+
 
 class Stage(NamedTuple):
     """One stage of training; a third kind would be one more file that returns this.
 
-    frozen is a pytree of arrays that the loss reads and that is never trained, nor
+    frozen is a pytree of arrays that the steps read and that is never trained, nor
     saved with the state.
     """
 
     name: str
     section: ml_collections.ConfigDict
-    init: Callable[[jax.Array], Any]  # key -> params
-    # (params, frozen, batch, key) -> (loss, metrics); no dropout where key is None.
-    loss: Callable[..., tuple[jax.Array, train_state.Metrics]]
+    create: Callable[[jax.Array], train_state.TrainState]  # from a key
+    phases: tuple[Phase, ...]
+    evaluate: Callable[..., train_state.Metrics]  # (params, frozen, batch, key)
+    schedule: optax.Schedule  # learning rate by update
     frozen: Any
     train_source: sources.Source
     heldout_source: sources.Source
@@ -31,6 +47,8 @@ class Stage(NamedTuple):
     fields: tuple[str, ...]
     # (params, frozen) -> {name: pictures [n, h, w, 3] in [-1, 1]}
     panels: Callable[[Any, Any], dict[str, np.ndarray]]
+    # (mean metrics of some steps, number of steps) -> what is shown of them
+    summarize: Callable[[dict[str, np.ndarray], int], dict[str, float]]
     # params -> JSON facts that the last checkpoint must carry for what comes after
     finish: Callable[[Any], dict[str, Any]]
 
@@ -41,31 +59,33 @@ def batch_size(section: ml_collections.ConfigDict, config: ml_collections.Config
 
 
 def make_step(
-    loss: Callable[..., tuple[jax.Array, train_state.Metrics]],
+    loss: Loss,
     tx: optax.GradientTransformation,
     *,
     seed: int,
     micro_batches: int,
     ema_decay: float,
-) -> Callable[..., tuple[train_state.TrainState, train_state.Metrics]]:
-    """`step(state, frozen, batch) -> (state, metrics)`, pure; the loop jits it."""
+) -> Step:
+    """The step of a stage that is one loss and one optimizer."""
 
     def step(state, frozen, batch):
+        def gradients(carry, batch, key):
+            grads, metrics = jax.grad(loss, has_aux=True)(
+                state.params, frozen, batch, key
+            )
+            return carry, grads, metrics
+
         key = train_state.step_key(seed, state.step)
-        grads, metrics = train_state.accumulated_gradients(
-            lambda params, batch, key: loss(params, frozen, batch, key),
-            state.params,
-            batch,
-            key,
-            micro_batches,
+        _, grads, metrics = train_state.accumulate(
+            gradients, (), batch, key, micro_batches
         )
-        state, more = train_state.update(state, grads, tx, ema_decay)
-        return state, metrics | more
+        new, more = train_state.update(state, grads, tx, ema_decay)
+        return train_state.keep_finite(state, new, metrics | more)
 
     return step
 
 
-def make_evaluate(loss: Callable[..., Any], seed: int):
+def make_evaluate(stage: Stage, seed: int):
     """`evaluate(params, frozen, batch, index) -> metrics`: fixed noise for batch index.
 
     Every evaluation sees the same timesteps and noise, so its curve moves only because
@@ -75,6 +95,12 @@ def make_evaluate(loss: Callable[..., Any], seed: int):
     @jax.jit
     def evaluate(params, frozen, batch, index):
         key = jax.random.fold_in(jax.random.key(seed), index)
-        return loss(params, frozen, batch, key, deterministic=True)[1]
+        return stage.evaluate(params, frozen, batch, key)
 
     return evaluate
+
+
+def scalars(values: dict[str, np.ndarray], steps: int) -> dict[str, float]:
+    """Means as they are: the `summarize` of a stage without arrays among them."""
+    del steps
+    return {name: float(value) for name, value in values.items()}

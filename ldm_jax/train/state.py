@@ -17,6 +17,15 @@ Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 @flax.struct.dataclass
+class Adversary:
+    """The discriminator's part of a state; it has no average."""
+
+    params: Any
+    opt_state: Any
+    variables: Any  # running statistics of its norms
+
+
+@flax.struct.dataclass
 class TrainState:
     """All that changes from step to step, and so all that a checkpoint must hold.
 
@@ -24,19 +33,31 @@ class TrainState:
     the step need be saved for either.
     """
 
-    step: jax.Array  # int32 [], optimizer updates done
+    step: jax.Array  # int32 [], batches consumed
+    skipped: jax.Array  # int32 [], steps in a row, up to now, that were not finite
     params: Any
     opt_state: Any
     ema: Any  # float32 averages of params; None where config.ema_decay is 0
+    variables: Any = None  # what training moves without gradients, e.g. codebooks
+    adversary: Adversary | None = None
 
 
-def create(params: Any, tx: optax.GradientTransformation, ema_decay: float):
+def create(
+    params: Any,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    variables: Any = None,
+    adversary: Adversary | None = None,
+) -> TrainState:
     """The state before the first step; meant to be jitted with out_shardings."""
     return TrainState(
         step=jnp.zeros([], jnp.int32),
+        skipped=jnp.zeros([], jnp.int32),
         params=params,
         opt_state=tx.init(params),
         ema=jax.tree.map(jnp.copy, params) if ema_decay else None,
+        variables=variables,
+        adversary=adversary,
     )
 
 
@@ -50,44 +71,42 @@ def step_key(seed: int, step: jax.Array | int, purpose: int = TRAIN) -> jax.Arra
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), purpose)
 
 
-def accumulated_gradients(
-    loss_fn: Callable[[Any, Any, jax.Array], tuple[jax.Array, Metrics]],
-    params: Any,
+def accumulate(
+    gradients: Callable[[Any, Any, jax.Array], tuple[Any, Any, Metrics]],
+    carry: Any,
     batch: Any,
     key: jax.Array,
     micro_batches: int,
-) -> tuple[Any, Metrics]:
-    """Gradient of the mean of `loss_fn(params, batch, key)` over `micro_batches`.
+) -> tuple[Any, Any, Metrics]:
+    """Mean of `gradients(carry, batch, key) -> (carry, grads, metrics)`, in parts.
 
     The batch [b, …] is cut with stride, so that each micro-batch keeps its rows on the
-    device where they are. Metrics are (sum, count) pairs and add up.
+    device where they are. `carry` goes from one to the next; metrics are (sum, count)
+    pairs and add up.
     """
-    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
-        (_, metrics), grads = grad_fn(params, batch, key)
-        return grads, metrics
+        return gradients(carry, batch, key)
 
     def split(x):
         rows = x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:])
         return jnp.swapaxes(rows, 0, 1)
 
-    def gradients(micro_batch, index):
-        (_, metrics), grads = grad_fn(
-            params, micro_batch, jax.random.fold_in(key, index)
-        )
-        return grads, metrics
+    def add(totals, inputs):
+        carry, *totals = totals
+        micro_batch, index = inputs
+        carry, *more = gradients(carry, micro_batch, jax.random.fold_in(key, index))
+        return (carry, *jax.tree.map(jnp.add, totals, more)), None
 
-    def add(total, inputs):
-        return jax.tree.map(jnp.add, total, gradients(*inputs)), None
-
-    inputs = jax.tree.map(split, batch), jnp.arange(micro_batches)
-    shapes = jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], inputs))
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    rows = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradients, carry, jax.tree.map(lambda x: x[0], rows), key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes[1:])
     # XLA's CPU backend computes the weight gradient of a convolution inside a loop
     # some 60 times slower than outside of one.
     unroll = micro_batches if jax.default_backend() == "cpu" else 1
-    (grads, metrics), _ = jax.lax.scan(add, zeros, inputs, unroll=unroll)
-    return jax.tree.map(lambda g: g / micro_batches, grads), metrics
+    (carry, grads, metrics), _ = jax.lax.scan(
+        add, (carry, *zeros), (rows, jnp.arange(micro_batches)), unroll=unroll
+    )
+    return carry, jax.tree.map(lambda g: g / micro_batches, grads), metrics
 
 
 def update(
@@ -95,10 +114,16 @@ def update(
     grads: Any,
     tx: optax.GradientTransformation,
     ema_decay: float,
+    move: Callable[[Any], Any] | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimizer update, then one of the averages (latent-diffusion's LitEma)."""
+    """One optimizer update, then one of the averages (latent-diffusion's LitEma).
+
+    `move(params) -> params` is what changes them besides gradients, in between.
+    """
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
+    if move is not None:
+        params = move(params)
     ema = state.ema
     if ema is not None:
         ema = ema_lib.update(ema, params, state.step, ema_decay)
@@ -107,4 +132,40 @@ def update(
         "grad_norm": (optax.tree.norm(grads), one),
         "update_norm": (optax.tree.norm(updates), one),
     }
-    return TrainState(state.step + 1, params, opt_state, ema), metrics
+    state = state.replace(
+        step=state.step + 1, params=params, opt_state=opt_state, ema=ema
+    )
+    return state, metrics
+
+
+def update_adversary(
+    adversary: Adversary,
+    grads: Any,
+    tx: optax.GradientTransformation,
+    variables: Any,
+) -> tuple[Adversary, Metrics]:
+    """One optimizer update of the discriminator."""
+    updates, opt_state = tx.update(grads, adversary.opt_state, adversary.params)
+    params = optax.apply_updates(adversary.params, updates)
+    norm = optax.tree.norm(grads), jnp.ones([], jnp.float32)
+    return Adversary(params, opt_state, variables), {"disc_grad_norm": norm}
+
+
+def keep_finite(
+    old: TrainState, new: TrainState, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """`new`, or `old` with its step counted where a loss or gradient is not finite.
+
+    Such a step moves nothing and adds nothing to the metrics but its own count.
+    """
+    finite = jnp.array(True)
+    for name in ("loss", "grad_norm", "disc_loss", "disc_grad_norm"):
+        if name in metrics:
+            finite &= jnp.isfinite(metrics[name][0])
+    kept = jax.tree.map(lambda a, b: jnp.where(finite, b, a), old, new)
+    kept = kept.replace(
+        step=new.step, skipped=jnp.where(finite, 0, old.skipped + 1).astype(jnp.int32)
+    )
+    metrics = jax.tree.map(lambda m: jnp.where(finite, m, jnp.zeros_like(m)), metrics)
+    one = jnp.ones([], jnp.float32)
+    return kept, metrics | {"skipped": (1 - finite.astype(jnp.float32), one)}

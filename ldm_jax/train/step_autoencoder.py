@@ -1,8 +1,7 @@
-"""Stage one: the KL autoencoder.
+"""Stage one: the autoencoder, its perceptual loss and its discriminator.
 
-The loss is latent-diffusion's LPIPSWithDiscriminator without its perceptual and
-adversarial terms: absolute error over exp(logvar), learned or fixed, summed over a
-picture, plus the weighted KL.
+One step trains the generator and, from `adversarial.disc_start` on, the discriminator;
+autoencoder_loss.py has what they minimise.
 """
 
 from functools import partial
@@ -13,69 +12,170 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 
 from ldm_jax import first_stage
 from ldm_jax import model as model_lib
+from ldm_jax.config import UserError, construct, nearest
+from ldm_jax.convert import pretrained
 from ldm_jax.data import pipeline, sources
-from ldm_jax.nets import autoencoder
-from ldm_jax.train.stage import Stage
+from ldm_jax.nets import discriminator, quantize
+from ldm_jax.train import adversarial, autoencoder_loss, optim
+from ldm_jax.train import stage as stage_lib
+from ldm_jax.train import state as train_state
 
 NAME = "autoencoder"
 
 
-def reconstruction_nll(x: jax.Array, x_hat: jax.Array, logvar: jax.Array) -> jax.Array:
-    """Negative log-likelihood [b] of a Laplace with scale exp(logvar), up to log 2.
-
-    A perceptual distance [b, 1, 1, 1] would be added to the absolute error.
-    """
-    error = jnp.abs(x - x_hat)
-    return jnp.sum(error / jnp.exp(logvar) + logvar, axis=(1, 2, 3))
-
-
-def make_loss(net: nn.Module, section: ml_collections.ConfigDict):
-    """`loss(params, frozen, batch, key, deterministic=False) -> (loss, metrics)`."""
-
-    def loss(params, frozen, batch, key, deterministic=False):
-        del frozen
-        x = batch["image"]
-        sample_key, encode_key, decode_key = jax.random.split(key, 3)
-        variables = {"params": params["autoencoder"]}
-        moments = net.apply(
-            variables,
-            x,
-            deterministic=deterministic,
-            rngs={"dropout": encode_key},
-            method="encode",
+def make_discriminator(
+    config: ml_collections.ConfigDict, mesh: jax.sharding.Mesh
+) -> nn.Module | None:
+    """The PatchGAN of `config.autoencoder_stage.adversarial`; None where none joins."""
+    settings = config.autoencoder_stage.adversarial
+    if settings.disc_loss not in adversarial.DISC_LOSSES:
+        hint = nearest(settings.disc_loss, adversarial.DISC_LOSSES)
+        raise UserError(
+            f"autoencoder_stage.adversarial.disc_loss: {settings.disc_loss!r}; {hint}"
         )
-        posterior = autoencoder.Posterior.from_moments(moments.astype(jnp.float32))
-        z = posterior.mode() if deterministic else posterior.sample(sample_key)
-        x_hat = net.apply(
-            variables,
-            z,
-            deterministic=deterministic,
-            rngs={"dropout": decode_key},
-            method="decode",
-        ).astype(jnp.float32)
+    if settings.disc_start is None or not settings.disc_factor:
+        return None
+    kwargs = settings.net.to_dict() | {
+        "dtype": model_lib.compute_dtype(config.dtype),
+        "statistic_groups": mesh.shape["data"] * mesh.shape["fsdp"],
+    }
+    return construct(
+        "autoencoder_stage.adversarial.net", discriminator.PatchDiscriminator, kwargs
+    )
 
-        logvar = params.get("logvar", jnp.float32(section.loss.logvar_init))
-        nll, kl = reconstruction_nll(x, x_hat, logvar), posterior.kl()
-        per_image = nll + section.loss.kl_weight * kl
-        mask = batch.get("_mask", jnp.ones_like(kl))
-        squared = jnp.mean(jnp.square((x - x_hat.clip(-1, 1)) / 2), axis=(1, 2, 3))
-        values = {
-            "loss": per_image,
-            "nll": nll,
-            "l1": jnp.mean(jnp.abs(x - x_hat), axis=(1, 2, 3)),
-            "kl": kl,
-            "psnr": -10 * jnp.log10(jnp.maximum(squared, 1e-10)),
-            "latent_mean": jnp.mean(posterior.mean, axis=(1, 2, 3)),
-            "latent_square": jnp.mean(jnp.square(posterior.mean), axis=(1, 2, 3)),
-        }
-        count = jnp.sum(mask)
-        metrics = {k: (jnp.sum(v * mask), count) for k, v in values.items()}
-        return jnp.sum(per_image * mask) / count, metrics
 
-    return loss
+def check(
+    config: ml_collections.ConfigDict, net: nn.Module, mesh: jax.sharding.Mesh
+) -> None:
+    """Raises UserError for what would fail later, when a folder is already there."""
+    section = config.autoencoder_stage
+    if not hasattr(net, "ch"):
+        raise UserError(
+            "stages: 'autoencoder' has nothing to train where autoencoder.kind is"
+            " identity; set stages=('diffusion',)"
+        )
+    if section.loss.pixel_loss not in adversarial.PIXEL_LOSSES:
+        hint = nearest(section.loss.pixel_loss, adversarial.PIXEL_LOSSES)
+        raise UserError(
+            f"autoencoder_stage.loss.pixel_loss: {section.loss.pixel_loss!r}; {hint}"
+        )
+    disc = make_discriminator(config, mesh)
+    if disc is None:
+        return
+    x = jax.ShapeDtypeStruct(
+        (disc.statistic_groups, config.resolution, config.resolution, 3), jnp.float32
+    )
+    try:
+        jax.eval_shape(partial(disc.init, train=True), jax.random.key(0), x)
+    except ValueError as error:
+        raise UserError(
+            f"autoencoder_stage.adversarial.net: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_frozen(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """The perceptual net's params where the loss wants them; it may download them."""
+    settings = config.autoencoder_stage.loss
+    if not settings.perceptual_weight:
+        return {}
+    prefix = "autoencoder_stage.loss"
+    vgg = pretrained.fetch("vgg16", settings.vgg, option=f"{prefix}.vgg")
+    heads = pretrained.fetch(
+        "lpips_heads", settings.lpips_heads, option=f"{prefix}.lpips_heads"
+    )
+    return {"lpips": pretrained.lpips_params(vgg, heads)}
+
+
+def make_step(
+    config: ml_collections.ConfigDict,
+    net: nn.Module,
+    tx: optax.GradientTransformation,
+    disc: nn.Module | None = None,
+    disc_tx: optax.GradientTransformation | None = None,
+) -> stage_lib.Step:
+    """The step of the phase before the discriminator joins or, with `disc`, after."""
+    section = config.autoencoder_stage
+    gradients = autoencoder_loss.make_gradients(config, net, disc)
+
+    def started(adversary, params, x):
+        x_hat = net.apply({"params": params["autoencoder"]}, x).astype(jnp.float32)
+        _, moved = disc.apply(
+            {"params": adversary.params, **adversary.variables},
+            x_hat,
+            train=True,
+            initialize=True,
+            mutable=["params", *adversary.variables],
+        )
+        moved = dict(moved)
+        return adversary.replace(params=moved.pop("params"), variables=moved)
+
+    def move_codebook(variables):
+        def move(params):
+            ae = params["autoencoder"]
+            embedding, moved = quantize.move_codebook(
+                net.make_quantizer(),
+                ae["quantize"]["embedding"],
+                variables["codebook"]["quantize"],
+            )
+            variables["codebook"] = {"quantize": moved}
+            ae = ae | {"quantize": {"embedding": embedding}}
+            return params | {"autoencoder": ae}
+
+        return move
+
+    def step(state, frozen, batch):
+        adversary = state.adversary
+        if disc is not None and disc.norm == "actnorm":
+            # Its statistics are those of the first reconstructions that it sees.
+            adversary = jax.lax.cond(
+                jax.tree.leaves(adversary.variables)[0],
+                lambda adversary, *_: adversary,
+                started,
+                *(adversary, state.params, batch["image"]),
+            )
+        has_disc = disc is not None
+        (variables, disc_variables), (grads, disc_grads), metrics = (
+            train_state.accumulate(
+                gradients(state.params, adversary.params if has_disc else None, frozen),
+                (state.variables, adversary.variables if has_disc else None),
+                batch,
+                train_state.step_key(config.seed, state.step),
+                section.micro_batches,
+            )
+        )
+        move = None
+        if variables:
+            variables = dict(variables)
+            move = move_codebook(variables)
+        new, more = train_state.update(state, grads, tx, section.ema_decay, move)
+        new = new.replace(variables=variables)
+        metrics |= more
+        if has_disc:
+            adversary, more = train_state.update_adversary(
+                adversary, disc_grads, disc_tx, disc_variables
+            )
+            new = new.replace(adversary=adversary)
+            metrics |= more
+        return train_state.keep_finite(state, new, metrics)
+
+    return step
+
+
+def prior_samples(net: nn.Module, params: Any, shape: tuple[int, ...]) -> jax.Array:
+    """What the decoder makes of latents [n, h, w, c] that no picture gave.
+
+    They are standard normal (KL), or codes drawn evenly (VQ).
+    """
+    key = jax.random.key(0)
+    if autoencoder_loss.is_vq(net):
+        codes = len(net.remap) if net.remap else net.n_embed
+        indices = jax.random.randint(key, shape[:3], 0, codes)
+        return net.apply({"params": params}, indices, method="decode_code")
+    return net.apply({"params": params}, jax.random.normal(key, shape), method="decode")
 
 
 def latent_statistics(
@@ -87,10 +187,10 @@ def latent_statistics(
     for x in pipeline.eval_batches(
         source, batch_size=batch, ops=ops, fields=("image",)
     ):
-        posterior = autoencoder.Posterior.from_moments(encode(params, x["image"]))
+        mean, variance = first_stage.mean_and_variance(net, encode(params, x["image"]))
         keep = x["_mask"] > 0
-        mean = np.asarray(posterior.mean, np.float64)[keep]
-        variance = np.exp(np.asarray(posterior.logvar, np.float64)[keep])
+        mean = np.asarray(mean, np.float64)[keep]
+        variance = np.asarray(variance, np.float64)[keep]
         total = total + mean.sum(axis=(0, 1, 2))
         square = square + (np.square(mean) + variance).sum(axis=(0, 1, 2))
         count, images = count + mean[..., 0].size, images + len(mean)
@@ -104,9 +204,35 @@ def make_stage(
     net: nn.Module,
     train_source: sources.Source,
     heldout_source: sources.Source,
-) -> Stage:
-    """The stage of `config.autoencoder_stage`."""
+    mesh: jax.sharding.Mesh,
+    frozen: Any,
+) -> stage_lib.Stage:
+    """The stage of `config.autoencoder_stage`; `frozen` is `load_frozen(config)`."""
     section = config.autoencoder_stage
+    batch_size = stage_lib.batch_size(section, config)
+    tx, schedule = optim.make_optimizer(section.optim, section.steps, batch_size)
+    disc, disc_start = make_discriminator(config, mesh), section.adversarial.disc_start
+    phases = []
+    if disc is None or disc_start > 0:
+        phases.append(stage_lib.Phase(0, make_step(config, net, tx)))
+    if disc is not None:
+        left = max(section.steps - disc_start, 1)
+        disc_tx, _ = optim.make_optimizer(section.adversarial.optim, left, batch_size)
+        joined = make_step(config, net, tx, disc, disc_tx)
+        phases.append(stage_lib.Phase(disc_start, joined))
+
+    def create(key):
+        net_key, disc_key = jax.random.split(key)
+        params, variables = model_lib.init_autoencoder(config, net, net_key)
+        adversary = None
+        if disc is not None:
+            x = jnp.zeros((disc.statistic_groups, *[config.resolution] * 2, 3))
+            made = disc.init(disc_key, x, train=True)
+            disc_params = made.pop("params")
+            adversary = train_state.Adversary(
+                disc_params, disc_tx.init(disc_params), made
+            )
+        return train_state.create(params, tx, section.ema_decay, variables, adversary)
 
     looked_at = next(
         iter(
@@ -115,14 +241,18 @@ def make_stage(
             )
         )
     )["image"]
-
+    latent = (len(looked_at), *first_stage.latent_shape(net, config.resolution))
     reconstruct = jax.jit(net.apply)
+    draw = jax.jit(partial(prior_samples, net, shape=latent))
 
     def panels(params, frozen):
         del frozen
-        variables = {"params": params["autoencoder"]}
-        x_hat = np.asarray(reconstruct(variables, looked_at), np.float32)
-        return {"input": looked_at, "reconstruction": x_hat}
+        x_hat = reconstruct({"params": params["autoencoder"]}, looked_at)
+        return {
+            "input": looked_at,
+            "reconstruction": np.asarray(x_hat, np.float32),
+            "prior": np.asarray(draw(params["autoencoder"]), np.float32),
+        }
 
     def finish(params):
         return {
@@ -131,16 +261,19 @@ def make_stage(
             )
         }
 
-    return Stage(
+    return stage_lib.Stage(
         name=NAME,
         section=section,
-        init=lambda key: model_lib.init_autoencoder(config, net, key),
-        loss=make_loss(net, section),
-        frozen={},
+        create=create,
+        phases=tuple(phases),
+        evaluate=autoencoder_loss.make_evaluate(config, net),
+        schedule=schedule,
+        frozen=frozen,
         train_source=train_source,
         heldout_source=heldout_source,
         ops=config.data.ops,
         fields=("image",),
         panels=panels,
+        summarize=autoencoder_loss.summarize,
         finish=finish,
     )

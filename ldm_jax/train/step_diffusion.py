@@ -14,7 +14,9 @@ from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.data import pipeline, sources
 from ldm_jax.diffusion import objective
-from ldm_jax.train.stage import Stage
+from ldm_jax.train import optim
+from ldm_jax.train import stage as stage_lib
+from ldm_jax.train import state as train_state
 
 NAME = "diffusion"
 
@@ -39,7 +41,9 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
             moments = first_stage_lib.encode_moments(
                 model.autoencoder, first_stage.params, batch["image"]
             )
-        z = first_stage_lib.sample_moments(first_stage, moments, keys[LATENT])
+        z = first_stage_lib.sample_moments(
+            model.autoencoder, first_stage, moments, keys[LATENT]
+        )
         cond = conditioning.encode(
             model.conditioners,
             params["conditioners"],
@@ -98,7 +102,7 @@ def encode_source(
     ops: Any,
     batch: int = 64,
 ) -> np.ndarray:
-    """The posterior's moments of every image, float32 [n, h, w, 2c]."""
+    """What `first_stage.encode_moments` gives of every image, float32 [n, h, w, d]."""
     encode = jax.jit(partial(first_stage_lib.encode_moments, model.autoencoder))
     rows = []
     for x in pipeline.eval_batches(
@@ -126,9 +130,27 @@ def make_stage(
     first_stage: first_stage_lib.FirstStage,
     train_source: sources.Source,
     heldout_source: sources.Source,
-) -> Stage:
+) -> stage_lib.Stage:
     """The stage of `config.diffusion_stage` behind a finished first stage."""
     section, ops = config.diffusion_stage, config.data.ops
+    batch_size = stage_lib.batch_size(section, config)
+    tx, schedule = optim.make_optimizer(section.optim, section.steps, batch_size)
+    loss = make_loss(model, section)
+    step = stage_lib.make_step(
+        loss,
+        tx,
+        seed=config.seed,
+        micro_batches=section.micro_batches,
+        ema_decay=section.ema_decay,
+    )
+
+    def create(key):
+        params = model_lib.init_diffusion(config, model, key)
+        return train_state.create(params, tx, section.ema_decay)
+
+    def evaluate(params, frozen, batch, key):
+        return loss(params, frozen, batch, key, deterministic=True)[1]
+
     prompts = panel_prompts(config, train_source)
     prepared = []
     for source in (train_source, heldout_source):
@@ -153,16 +175,19 @@ def make_stage(
         every = max(len(row) // 8, 1)
         return {"samples": drawn.images, "denoising": row[::-every][:8][::-1]}
 
-    return Stage(
+    return stage_lib.Stage(
         name=NAME,
         section=section,
-        init=lambda key: model_lib.init_diffusion(config, model, key),
-        loss=make_loss(model, section),
+        create=create,
+        phases=(stage_lib.Phase(0, step),),
+        evaluate=evaluate,
+        schedule=schedule,
         frozen={"first_stage": first_stage},
         train_source=prepared[0],
         heldout_source=prepared[1],
         ops=() if section.cache_latents else ops,
         fields=tuple(prepared[0].fields),
         panels=panels,
+        summarize=stage_lib.scalars,
         finish=lambda params: {},
     )

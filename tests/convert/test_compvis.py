@@ -22,7 +22,9 @@ def _unet(name):
 
 def _autoencoder(name):
     meta, weights, _ = parity.load(name)
-    net = autoencoder.AutoencoderKL(**meta["config"]["ddconfig"], embed_dim=4)
+    config = dict(meta["config"])
+    cls = autoencoder.VQModel if "n_embed" in config else autoencoder.AutoencoderKL
+    net = cls(**config.pop("ddconfig"), **config)
     shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 8, 8, 3), "f4"))
     params = compvis.autoencoder_params(weights, net)
     return weights, compvis.autoencoder_rules(shapes), params
@@ -66,6 +68,7 @@ def _openclip(name):
         (_unet, "unet_class_crossattn"),
         (_unet, "pair_unet_unclip"),
         (_autoencoder, "autoencoder_kl"),
+        (_autoencoder, "vq_model"),
         (_bert, "bert_embedder"),
         (_clip, "clip_text_gelu"),
         (_openclip, "open_clip_text"),
@@ -109,6 +112,37 @@ def test_every_key_that_does_not_fit_is_named(change, words):
     change(weights)
     with pytest.raises(ValueError, match=words):
         compvis.autoencoder_params(weights, net)
+
+
+def test_what_taming_saves_besides_a_vq_model_is_left_out():
+    meta, weights, _ = parity.load("vq_model")
+    config = dict(meta["config"])
+    net = autoencoder.VQModel(**config.pop("ddconfig"), **config)
+    more = {
+        "loss.discriminator.main.0.weight": np.zeros(1),
+        "loss.perceptual_loss.lin0.model.1.weight": np.zeros(1),
+        "quantize.used": np.arange(3),
+    }
+    params = compvis.autoencoder_params(weights | more, net)
+    np.testing.assert_array_equal(
+        params["quantize"]["embedding"], weights["quantize.embedding.weight"]
+    )
+    with pytest.raises(ValueError, match=r"unknown quantize\.other"):
+        compvis.autoencoder_params(weights | {"quantize.other": np.zeros(1)}, net)
+    del weights["quantize.embedding.weight"]
+    with pytest.raises(ValueError, match=r"missing quantize\.embedding\.weight"):
+        compvis.autoencoder_params(weights, net)
+
+
+def test_stabilitys_autoencoder_has_no_quant_convs():
+    net = autoencoder.AutoencoderKL(
+        ch=8, norm_groups=8, ch_mult=(1,), num_res_blocks=1, use_quant_convs=False
+    )
+    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 8, 8, 3), "f4"))
+    rules = list(compvis.autoencoder_rules(shapes))
+    assert {rule.key.split(".")[0] for rule in rules} == {"encoder", "decoder"}
+    weights = {r.key: r.layout.to_torch(np.zeros(shapes[r.path])) for r in rules}
+    assert compvis.autoencoder_params(weights, net).keys() == {"encoder", "decoder"}
 
 
 @pytest.mark.parametrize("convert", [compvis.clip_params, compvis.openclip_params])

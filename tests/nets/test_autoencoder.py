@@ -1,4 +1,5 @@
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from ldm_jax.nets import autoencoder
 from tests import parity
 
 TINY = dict(ch=32, ch_mult=(1, 2), num_res_blocks=1, resolution=8)
+SMALLEST = dict(ch=8, norm_groups=8, ch_mult=(1,), num_res_blocks=1, attn_type="none")
 
 
 @functools.cache
@@ -24,7 +26,7 @@ def fixture():
 @pytest.mark.parametrize("suffix", ["", "_nonsquare"])
 def test_encode_matches_the_reference(suffix):
     net, variables, io = fixture()
-    encode = jax.jit(functools.partial(net.apply, method="encode"))
+    encode = jax.jit(partial(net.apply, method="encode"))
     moments = encode(variables, parity.nhwc(io[f"x{suffix}"]))
     expected = parity.nhwc(io[f"moments{suffix}"])
     np.testing.assert_allclose(moments, expected, atol=5e-5)
@@ -51,7 +53,7 @@ def test_encoder_matches_the_reference_inside():
 def test_decode_matches_the_reference(z, x):
     net, variables, io = fixture()
     io = io | {"z_nonsquare": np.split(io["moments_nonsquare"], 2, axis=1)[0]}
-    decode = jax.jit(functools.partial(net.apply, method="decode"))
+    decode = jax.jit(partial(net.apply, method="decode"))
     image = decode(variables, parity.nhwc(io[z]))
     np.testing.assert_allclose(image, parity.nhwc(io[x]), atol=5e-5)
 
@@ -122,23 +124,76 @@ def test_dropout_acts_only_when_not_deterministic():
     net = autoencoder.AutoencoderKL(**TINY, dropout=0.5)
     x = jax.random.normal(jax.random.key(0), (1, 8, 8, 3))
     variables = net.init(jax.random.key(1), x)
-    encode = functools.partial(net.apply, variables, x, method="encode")
+    encode = partial(net.apply, variables, x, method="encode")
     noisy = encode(deterministic=False, rngs={"dropout": jax.random.key(2)})
     np.testing.assert_array_equal(encode(), encode())
     assert jnp.abs(noisy - encode()).max() > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("cls", "options", "words"),
     [
-        (dict(attn_type="flash"), "attn_type 'flash'"),
-        (dict(double_z=False), "double_z"),
+        (autoencoder.AutoencoderKL, dict(attn_type="flash"), "attn_type 'flash'"),
+        (autoencoder.AutoencoderKL, dict(double_z=False), "double_z False"),
+        (
+            autoencoder.AutoencoderKL,
+            dict(use_quant_convs=False, z_channels=8),
+            "embed_dim 4 differs from z_channels 8",
+        ),
+        (autoencoder.VQModel, dict(double_z=True), "double_z True"),
     ],
 )
-def test_wrong_options_are_named(options, words):
-    net = autoencoder.AutoencoderKL(**TINY | options)
+def test_wrong_options_are_named(cls, options, words):
+    net = cls(**TINY | options)
     with pytest.raises(ValueError, match=words):
         net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+
+
+@pytest.mark.parametrize("use_quant_convs", [False, True])
+def test_posterior_starts_near_init_logvar(use_quant_convs):
+    x = jax.random.uniform(jax.random.key(0), (2, 4, 4, 3), minval=-1)
+    means, logvars = [], []
+    for logvar in (0.0, -6.0):
+        net = autoencoder.AutoencoderKL(
+            **SMALLEST, init_logvar=logvar, use_quant_convs=use_quant_convs
+        )
+        variables = net.init(jax.random.key(1), x)
+        assert ("quant_conv" in variables["params"]) == use_quant_convs
+        assert ("post_quant_conv" in variables["params"]) == use_quant_convs
+        moments = jax.jit(partial(net.apply, method="encode"))(variables, x)
+        posterior = autoencoder.Posterior.from_moments(moments)
+        means.append(posterior.mean)
+        logvars.append(posterior.logvar)
+    np.testing.assert_allclose(logvars[1], logvars[0] - 6, atol=1e-5)
+    np.testing.assert_array_equal(*means)
+
+
+def test_without_quant_convs_the_latent_is_the_encoders_own():
+    x = jax.random.uniform(jax.random.key(0), (1, 4, 4, 3), minval=-1)
+    net = autoencoder.AutoencoderKL(**SMALLEST, use_quant_convs=False)
+    variables = net.init(jax.random.key(1), x)
+    encoder, decoder = autoencoder.Encoder(**SMALLEST), autoencoder.Decoder(**SMALLEST)
+    parts = {name: {"params": p} for name, p in variables["params"].items()}
+    moments = jax.jit(encoder.apply)(parts["encoder"], x)
+    out = jax.jit(partial(net.apply, method="encode"))(variables, x)
+    np.testing.assert_allclose(out, moments, atol=1e-6)
+    z = moments[..., :4]
+    image = jax.jit(decoder.apply)(parts["decoder"], z)
+    out = jax.jit(partial(net.apply, method="decode"))(variables, z)
+    np.testing.assert_allclose(out, image, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(net.apply)(variables, x), image, atol=1e-6)
+
+
+def test_kl_bottleneck_draws_with_a_key_and_prices_by_the_kl():
+    net = autoencoder.AutoencoderKL(**TINY)
+    moments = jax.random.normal(jax.random.key(0), (2, 4, 4, 8))
+    posterior, key = autoencoder.Posterior.from_moments(moments), jax.random.key(1)
+    for args, z in [((key,), posterior.sample(key)), ((), posterior.mode())]:
+        out = net.apply({}, moments, *args, method="bottleneck")
+        np.testing.assert_array_equal(out.z, z)
+        np.testing.assert_array_equal(out.penalty, posterior.kl())
+        assert out.indices is None
+        np.testing.assert_array_equal(net.apply({}, moments, *args, method="latent"), z)
 
 
 @pytest.mark.parametrize(
@@ -148,6 +203,12 @@ def test_wrong_options_are_named(options, words):
         ("kl_f8", 34.16, 49.49, 83.65),
         ("kl_f16", 28.27, 41.34, 69.61),
         ("kl_f32", 42.61, 61.24, 103.88),
+        ("vq_f4", 22.34, 32.96, 55.30),
+        ("vq_f4_noattn", 21.29, 31.91, 53.19),
+        ("vq_f8", 27.40, 40.25, 67.65),
+        ("vq_f8_n256", 27.40, 40.25, 67.65),
+        ("vq_f16", 28.16, 41.31, 69.46),
+        ("inpainting_big", 21.29, 31.91, 53.19),
         ("sd", 34.16, 49.49, 83.65),
         ("sd_x4", 22.36, 32.97, 55.33),
         ("rdm", 28.27, 41.34, 69.61),
@@ -156,8 +217,67 @@ def test_wrong_options_are_named(options, words):
 def test_variants_have_the_published_number_of_parameters(
     name, encoder, decoder, total
 ):
-    net = autoencoder.AutoencoderKL(**autoencoder.VARIANTS[name])
+    sizes = _sizes(name)
+    assert round(sizes["encoder"] / 1e6, 2) == encoder
+    assert round(sizes["decoder"] / 1e6, 2) == decoder
+    without_codes = sum(sizes.values()) - sizes.get("quantize", 0)
+    assert round(without_codes / 1e6, 2) == total
+
+
+@functools.cache
+def _sizes(name):
+    """{part: number of parameters} of a variant."""
+    kwargs = dict(autoencoder.VARIANTS[name])
+    net = autoencoder.KINDS[kwargs.pop("kind")](**kwargs)
     shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 32, 32, 3), "f4"))
-    for prefix, millions in [("encoder", encoder), ("decoder", decoder), ("", total)]:
-        count = sum(np.prod(s) for path, s in shapes.items() if path.startswith(prefix))
-        assert round(count / 1e6, 2) == millions
+    sizes = {}
+    for path, shape in shapes.items():
+        part = path.split("/")[0]
+        sizes[part] = sizes.get(part, 0) + int(np.prod(shape))
+    return sizes
+
+
+def test_variants_differ_by_the_arithmetic_of_their_layers():
+    codes = {"vq_f4": 8192 * 3, "vq_f8": 16384 * 4, "vq_f8_n256": 256 * 4}
+    codes |= {"vq_f16": 16384 * 8, "vqgan_f16_1024": 1024 * 256}
+    for name, count in codes.items():
+        assert _sizes(name)["quantize"] == count
+    # taming's differs from vq_f16 where the latent's channels go in and out.
+    ours, other = _sizes("vqgan_f16_1024"), _sizes("vq_f16")
+    assert ours["encoder"] - other["encoder"] == (9 * 512 + 1) * (256 - 8)
+    assert ours["decoder"] - other["decoder"] == 9 * 512 * (256 - 8)
+    assert ours["quant_conv"] == ours["post_quant_conv"] == 256 * 257
+    # Stability's kl-f8 with eight channels is the paper's without 1x1 convolutions.
+    ours, other = _sizes("sgm_kl_f8"), _sizes("kl_f8")
+    assert ours.keys() == {"encoder", "decoder"}
+    assert ours["encoder"] - other["encoder"] == (9 * 512 + 1) * 8
+    assert ours["decoder"] - other["decoder"] == 9 * 512 * 4
+    # Two blocks more a level, no attention; widths 128, 256, 512.
+    ours, other = _sizes("sgm_kl_f4"), _sizes("vq_f4_noattn")
+    assert ours.keys() == {"encoder", "decoder"}
+    block = [2 * (9 * c * c + c) + 4 * c for c in (128, 256, 512)]
+    assert ours["decoder"] - other["decoder"] == 2 * sum(block) + 9 * 512
+    more = (9 * 512 + 1) * (8 - 3)
+    assert ours["encoder"] - other["encoder"] == 2 * sum(block) + more
+
+
+# --- identity
+
+
+def test_identity_passes_everything_through():
+    net = autoencoder.Identity()
+    x, key = jax.random.uniform(jax.random.key(0), (2, 8, 8, 3)), jax.random.key(1)
+    assert not net.init(key, x)
+    for z in [
+        net.apply({}, x),
+        net.apply({}, x, method="encode", deterministic=False),
+        net.apply({}, x, key, method="latent"),
+        net.apply({}, x, method="decode"),
+        net.apply({}, x, key, method="bottleneck").z,
+    ]:
+        np.testing.assert_array_equal(z, x)
+    bottleneck = net.apply({}, x, method="bottleneck")
+    np.testing.assert_array_equal(bottleneck.penalty, [0.0, 0.0])
+    assert bottleneck.indices is None
+    grey = autoencoder.Identity(channels=1)
+    assert (grey.in_channels, grey.embed_dim, grey.ch_mult) == (1, 1, (1,))

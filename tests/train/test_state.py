@@ -24,9 +24,19 @@ def _problem():
 def test_accumulated_gradient_is_that_of_the_full_batch(micro_batches):
     params, batch = _problem()
     (_, _), expected = jax.value_and_grad(_loss, has_aux=True)(params, batch, None)
-    grads, metrics = jax.jit(
-        lambda p, b, k: train_state.accumulated_gradients(_loss, p, b, k, micro_batches)
-    )(params, batch, jax.random.key(0))
+
+    @jax.jit
+    def accumulated(params, batch, key):
+        def gradients(seen, batch, key):
+            grads, metrics = jax.grad(_loss, has_aux=True)(params, batch, key)
+            return seen + batch["x"].shape[0], grads, metrics
+
+        return train_state.accumulate(
+            gradients, jnp.int32(0), batch, key, micro_batches
+        )
+
+    seen, grads, metrics = accumulated(params, batch, jax.random.key(0))
+    assert seen == 8
     np.testing.assert_allclose(grads["w"], expected["w"], rtol=1e-5)
     total, count = metrics["loss"]
     assert count == 8
@@ -36,16 +46,16 @@ def test_accumulated_gradient_is_that_of_the_full_batch(micro_batches):
 def test_micro_batches_are_cut_with_stride_and_have_their_own_keys():
     seen = []
 
-    def loss(params, batch, key):
+    def gradients(carry, batch, key):
         jax.debug.callback(
             lambda rows, key: seen.append((rows.tolist(), key.tolist())),
             batch,
             jax.random.key_data(key),
         )
-        return params * 0.0, {}
+        return carry, jnp.float32(0), {}
 
     rows = jnp.arange(6)
-    train_state.accumulated_gradients(loss, jnp.float32(0), rows, jax.random.key(0), 2)
+    train_state.accumulate(gradients, (), rows, jax.random.key(0), 2)
     jax.effects_barrier()
     assert sorted(rows for rows, _ in seen) == [[0, 2, 4], [1, 3, 5]]
     assert seen[0][1] != seen[1][1]
@@ -88,3 +98,24 @@ def test_without_decay_there_is_no_average():
 def test_average_is_a_copy_so_that_both_may_be_donated():
     state = train_state.create({"w": jnp.ones(2)}, optax.sgd(0.5), 0.9)
     jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)(state)
+
+
+def test_a_step_that_is_not_finite_is_counted_and_forgotten():
+    tx = optax.sgd(0.5)
+    old = train_state.create({"w": jnp.ones(2)}, tx, 0.9)
+    one = jnp.ones([])
+    for loss, finite in ((1.0, True), (np.nan, False), (np.inf, False), (2.0, True)):
+        new, norms = train_state.update(old, {"w": jnp.ones(2)}, tx, 0.9)
+        metrics = {"loss": (jnp.float32(loss), one), **norms}
+        kept, shown = jax.jit(train_state.keep_finite)(old, new, metrics)
+        assert kept.step == old.step + 1
+        expected = new if finite else old
+        jax.tree.map(np.testing.assert_array_equal, kept.params, expected.params)
+        jax.tree.map(np.testing.assert_array_equal, kept.ema, expected.ema)
+        assert shown["loss"] == ((loss, 1) if finite else (0, 0))
+        assert shown["skipped"] == (0 if finite else 1, 1)
+        assert kept.skipped == (0 if finite else old.skipped + 1)
+        old = kept
+    bad = {"loss": (one, one), "grad_norm": (jnp.float32(np.nan), one)}
+    kept, _ = train_state.keep_finite(old, old.replace(step=old.step + 1), bad)
+    assert kept.skipped == 1

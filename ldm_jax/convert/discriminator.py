@@ -1,0 +1,67 @@
+"""State dicts of taming-transformers' NLayerDiscriminator to PatchDiscriminator.
+
+Keys are unprefixed (`main.0.weight`); a CompVis autoencoder checkpoint has them under
+`loss.discriminator.`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+from ldm_jax.convert import compvis
+from ldm_jax.nets import discriminator
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_PER_CHANNEL = compvis.Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
+_FLAG = compvis.Layout(lambda a: a > 0, lambda a: np.asarray(a, np.uint8))
+_ACTNORM = {"loc": _PER_CHANNEL, "scale": _PER_CHANNEL, "initialized": _FLAG}
+
+
+def abstract_variables(net: discriminator.PatchDiscriminator) -> dict[str, tuple]:
+    """{"collection/path/of/variable": shape} of a discriminator."""
+    shapes = jax.eval_shape(
+        lambda x: net.init(jax.random.key(0), x, train=False),
+        net.abstract_inputs()["x"],
+    )
+    flat = flax.traverse_util.flatten_dict(shapes, sep="/")
+    return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def discriminator_rules(
+    net: discriminator.PatchDiscriminator, shapes: Mapping[str, tuple]
+) -> Iterator[compvis.Rule]:
+    """Rules of every variable of `net`, whose `abstract_variables` are `shapes`.
+
+    torch numbers its layers: convolution, activation, then triples of convolution,
+    norm, activation.
+    """
+    for path in shapes:
+        _, layer, leaf = path.split("/")
+        kind, place = layer.split("_")
+        i = net.n_layers + 1 if place == "out" else int(place)
+        index = max(3 * i - 1, 0) + (kind == "norm")
+        layout = compvis.CONV if leaf == "kernel" else compvis.AS_IS
+        if kind == "norm" and net.norm == "actnorm":
+            yield compvis.Rule(path, f"main.{index}.{leaf}", _ACTNORM[leaf])
+        else:
+            yield compvis.Rule(path, f"main.{index}.{_LEAVES[leaf]}", layout)
+
+
+def discriminator_variables(
+    state_dict: Mapping[str, np.ndarray], net: discriminator.PatchDiscriminator
+) -> dict[str, Any]:
+    """{"params", "batch_stats"} of `net` from a state dict; drops step counters."""
+    shapes = abstract_variables(net)
+    ignorable = r"main\.\d+\.num_batches_tracked"
+    return compvis.convert(
+        state_dict, discriminator_rules(net, shapes), shapes, ignorable
+    )

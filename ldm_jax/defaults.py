@@ -1,0 +1,178 @@
+"""What the config files share: the sections of a run, with the references' defaults.
+
+Imports neither JAX nor TensorFlow; a config file starts from one of these and sets what
+is its own.
+"""
+
+from ml_collections import ConfigDict
+
+
+def run() -> ConfigDict:
+    """Data, devices and what is shown; no stage yet."""
+    config = ConfigDict()
+    config.preset = ""
+    config.seed = 0
+    config.stages = ()
+    config.resolution = 256
+    config.batch_size = 64
+    config.dtype = "auto"  # auto | float32 | bfloat16; auto is float32 on CPU
+
+    config.data = ConfigDict()
+    config.data.source = "openmoji"  # openmoji | folder | tfds | synthetic
+    config.data.options = ConfigDict()
+    config.data.train_split = "train"
+    config.data.heldout_split = "compositional"
+    config.data.ops = (("to_float", {}),)
+
+    config.conditioners = ConfigDict()
+    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, dcn_data=1))
+
+    # Nothing below changes what is computed, so a run may go on with other values.
+    config.report = ConfigDict()
+    config.report.log_steps = 100
+    config.report.eval_steps = 1000
+    config.report.image_steps = 5000
+    config.report.checkpoint_steps = 1000
+    config.report.max_to_keep = 2
+    config.report.eval_images = 256
+    config.report.retrieval_captions = 64
+    config.report.prompts = ()  # of the panels; empty takes captions from the data
+    config.report.profile = False
+    config.report.max_skipped = 50  # steps in a row that were not finite; then it stops
+    return config
+
+
+def optim() -> ConfigDict:
+    """torch AdamW's defaults."""
+    section = ConfigDict()
+    section.learning_rate = 1e-4
+    section.scale_lr = False  # True: learning_rate is per image of the batch
+    section.schedule = "constant"  # see train/optim.py
+    # Of the references' own schedules, one number for each cycle: Stable Diffusion's.
+    section.cycles = ConfigDict(
+        dict(
+            warm_up_steps=(10_000,),
+            f_start=(1e-6,),
+            f_max=(1.0,),
+            f_min=(1.0,),
+            cycle_lengths=(10_000_000_000_000,),
+        )
+    )
+    section.warmup_steps = 1000
+    section.final_fraction = 0.0
+    section.b1 = 0.9
+    section.b2 = 0.999
+    section.eps = 1e-8
+    section.weight_decay = 0.01
+    section.clip_norm = 0.0  # 0 switches clipping off
+    return section
+
+
+def stage() -> ConfigDict:
+    """Steps, batch and optimizer of one stage."""
+    section = ConfigDict()
+    section.steps = 100_000
+    section.batch_size = None  # None takes config.batch_size
+    section.micro_batches = 1  # gradient accumulation
+    section.ema_decay = 0.9999  # 0 switches the average off
+    section.optim = optim()
+    return section
+
+
+def autoencoder_stage() -> ConfigDict:
+    """Stage one: reconstruction, and what may join it."""
+    section = stage()
+    section.loss = ConfigDict(
+        dict(
+            pixel_loss="l1",  # l1 | l2, of a VQ autoencoder; KL's is l1
+            kl_weight=1e-6,
+            codebook_weight=1.0,
+            perceptual_weight=0.0,  # the references' 1.0 needs VGG16's weights
+            vgg=None,  # path of them; None takes the cache, or downloads once
+            lpips_heads=None,
+            logvar_init=0.0,
+            learn_logvar=False,
+        )
+    )
+    section.adversarial = ConfigDict(
+        dict(
+            disc_start=None,  # updates before the discriminator joins; None is never
+            disc_weight=0.5,
+            disc_factor=1.0,
+            disc_loss="hinge",  # hinge | vanilla
+            net=dict(ndf=64, n_layers=3, norm="batch"),
+        )
+    )
+    section.adversarial.optim = optim()
+    return section
+
+
+def first_stage() -> ConfigDict:
+    """A run that trains an autoencoder and nothing else."""
+    config = run()
+    config.stages = ("autoencoder",)
+    config.autoencoder = ConfigDict(dict(variant="kl_f8"))
+    config.autoencoder_stage = autoencoder_stage()
+    return config
+
+
+def both_stages() -> ConfigDict:
+    """An autoencoder, then a diffusion model behind it: the paper's two stages."""
+    config = first_stage()
+    config.stages = ("autoencoder", "diffusion")
+
+    config.diffusion = ConfigDict()
+    config.diffusion.parameterization = "eps"  # eps | x0 | v
+    config.diffusion.schedule = "linear"  # linear | cosine | sqrt_linear | sqrt | …
+    config.diffusion.timesteps = 1000
+    config.diffusion.linear_start = 0.00085
+    config.diffusion.linear_end = 0.012
+
+    config.unet = ConfigDict()
+
+    config.diffusion_stage = stage()
+    config.diffusion_stage.cache_latents = True  # encode the data once; no random ops
+    config.diffusion_stage.loss = ConfigDict(
+        dict(
+            loss_type="l2",  # l2 | l1
+            l_simple_weight=1.0,
+            original_elbo_weight=0.0,
+            learn_logvar=False,
+            logvar_init=0.0,
+        )
+    )
+
+    config.sample = ConfigDict()
+    config.sample.steps = 50
+    config.sample.guidance_scale = 3.0
+    return config
+
+
+def fast_adam(learning_rate: float, warmup_steps: int) -> dict:
+    """Optimizer of the small presets: minutes, not days, so a high rate that falls."""
+    return dict(
+        learning_rate=learning_rate,
+        schedule="cosine",
+        final_fraction=0.02,
+        warmup_steps=warmup_steps,
+        b2=0.99,
+        weight_decay=0.0,
+    )
+
+
+def narrow_autoencoder(resolution: int, ch_mult: tuple, z_channels: int) -> dict:
+    """A first stage without attention, 16 channels wide: minutes on a laptop."""
+    return dict(
+        ch=16,
+        ch_mult=ch_mult,
+        num_res_blocks=1,
+        attn_resolutions=(),
+        attn_type="none",
+        resolution=resolution,
+        in_channels=3,
+        out_ch=3,
+        z_channels=z_channels,
+        embed_dim=z_channels,
+        dropout=0.0,
+        norm_groups=8,
+    )
