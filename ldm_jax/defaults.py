@@ -120,6 +120,7 @@ def both_stages() -> ConfigDict:
     """An autoencoder, then a diffusion model behind it: the paper's two stages."""
     config = first_stage()
     config.stages = ("autoencoder", "diffusion")
+    config.autoencoder_from = None  # workdir of a run whose first stage this one takes
 
     config.diffusion = ConfigDict()
     config.diffusion.parameterization = "eps"  # eps | x0 | v

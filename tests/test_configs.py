@@ -14,7 +14,7 @@ from ldm_jax import first_stage
 from ldm_jax import model as model_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.evaluate import __main__ as evaluate_main
-from ldm_jax.train import checkpoint, loop, sharding
+from ldm_jax.train import checkpoint, loop, optim, sharding
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -105,11 +105,46 @@ def test_txt2img_presets_have_the_published_sizes(
     assert round(counted / 1e6, 2) == text
 
 
-@pytest.mark.parametrize(("path", "preset"), PRESETS)
-@pytest.mark.parametrize("fsdp", [2, 8])
-def test_no_large_parameter_is_left_replicated(path, preset, fsdp, small_tokenizer):
+@pytest.mark.parametrize(
+    ("preset", "millions", "batch_size", "disc_start"),
+    [
+        ("kl_f4", 55.31, 80, 50_001),
+        ("kl_f8", 83.65, 32, 50_001),
+        ("kl_f16", 69.61, 48, 50_001),
+        ("kl_f32", 103.88, 48, 50_001),
+        ("kl_64x64x3", 55.31, 192, 50_001),
+        ("kl_32x32x4", 83.65, 192, 50_001),
+        ("kl_16x16x16", 69.61, 192, 50_001),
+        ("kl_8x8x64", 103.88, 192, 50_001),
+        ("vq_f4", 55.30 + 0.0246, 64, 250_001),
+        ("vq_f4_noattn", 53.19 + 0.0246, 64, 250_001),
+        ("vq_f8", 67.65 + 0.0655, 80, 250_001),
+        ("vq_f8_n256", 67.65 + 0.001, 80, 250_001),
+        ("vq_f16", 69.46 + 0.131, 112, 250_001),
+        ("sd", 83.65, 32, 50_001),
+        ("inpainting_big", 53.19 + 0.0246, 64, 250_001),
+    ],
+)
+def test_first_stages_have_the_published_sizes(
+    preset, millions, batch_size, disc_start
+):
+    """Codebooks, which the published counts leave apart, are added."""
+    path = next(path for path in FILES if path.stem == "autoencoder")
     config = _module(path).get_config(preset)
-    config.mesh.update(dict(data=-1, fsdp=fsdp, tensor=1))
+    _, first = _first_stage(config)
+    count = sum(leaf.size for leaf in jax.tree.leaves(first)) / 1e6
+    assert abs(count - millions) < 0.011
+    section = config.autoencoder_stage
+    assert config.batch_size == batch_size
+    assert section.adversarial.disc_start == disc_start
+    rate = optim.peak_learning_rate(section.optim, batch_size)
+    assert rate == pytest.approx(4.5e-6 * batch_size)
+
+
+@pytest.mark.parametrize(("path", "preset"), PRESETS)
+def test_no_large_parameter_is_left_replicated(path, preset, small_tokenizer):
+    config = _module(path).get_config(preset)
+    config.mesh.update(dict(data=-1, fsdp=8, tensor=1))
     mesh = sharding.make_mesh(config.mesh)
     _, trees = _shapes(config, small_tokenizer)
     assert sharding.unsharded(trees, mesh) == []

@@ -5,7 +5,6 @@ import http.client
 import os
 import pathlib
 import re
-import sys
 import urllib.request
 import uuid
 from typing import NamedTuple
@@ -89,7 +88,7 @@ def _download(published: Published, path: pathlib.Path, option: str) -> None:
     """To another name first: the file is whole or not there, whoever else is at it."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     size = f"{published.size / 1e6:.3g} MB"
-    print(f"downloading {published.url} ({size}) to {path}", file=sys.stderr)
+    print(f"downloading {published.url} ({size}) to {path}", flush=True)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

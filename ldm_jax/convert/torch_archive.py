@@ -10,6 +10,7 @@ pickles and then the storages, which torchvision's VGG16 is in.
 """
 
 import dataclasses
+import functools
 import mmap
 import pathlib
 import pickletools
@@ -25,7 +26,7 @@ import numpy as np
 from ldm_jax.config import UserError
 
 _MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-_MAX_PICKLE = 2**28  # bytes; those of Stable Diffusion have 2**19
+_MAX_PICKLE = 2**28  # bytes; 1,500 tensors take 2**18
 _MAX_REPEATED = 2**26  # elements of a tensor that repeats a smaller storage's
 
 _STORAGES = {
@@ -178,6 +179,8 @@ def _load_zip(file: BinaryIO, data: np.ndarray, lenient: bool) -> Any:
 
         def member(name: str, checked: bool) -> np.ndarray:
             info = members[name]
+            if checked and info.file_size > _MAX_PICKLE:
+                raise ValueError(f"{name} is of an absurd size")
             if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
                 return np.frombuffer(archive.read(info), np.uint8)
             head = data[info.header_offset :][:30].tobytes()
@@ -195,13 +198,12 @@ def _load_zip(file: BinaryIO, data: np.ndarray, lenient: bool) -> Any:
         if f"{root}byteorder" in members:
             big = member(f"{root}byteorder", checked=True).tobytes() == b"big"
 
+        @functools.cache
         def storage(key, dtype, size):
             # To check what is mapped would be to read the whole file.
             raw = member(f"{root}data/{key}", checked=False)
             return _Storage(_bytes_of(raw, key, dtype, size), dtype, big)
 
-        if members[pickles[0]].file_size > _MAX_PICKLE:
-            raise ValueError("its data.pkl is of an absurd size")
         program = member(pickles[0], checked=True).tobytes()
         return _Machine(storage, lenient).run(program)
 

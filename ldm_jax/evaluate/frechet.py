@@ -20,8 +20,7 @@ from jax.experimental import multihost_utils
 
 from ldm_jax.nets import inception
 
-RANDOM_NET = "random-net Fréchet distance"
-RANDOM_NET_KERNEL = "random-net kernel distance"
+RANDOM_NET = "random-net Fréchet distance"  # what a report calls it
 
 
 # --- statistics
@@ -64,15 +63,16 @@ class Statistics:
         if jax.process_count() == 1:
             return self
         numbers = np.concatenate([[self.count], self.mu, self.sigma.ravel()])
-        d, parts = len(self.mu), []
+        d = len(self.mu)
+        total = Statistics.of(np.zeros((0, d)))
         for process in range(jax.process_count()):  # one at a time: d² is 34 MB
             # As pairs of integers, because JAX would round float64 to float32.
             bits = multihost_utils.broadcast_one_to_all(
                 numbers.view(np.uint32), process == jax.process_index()
             )
             count, mu, sigma = np.split(np.asarray(bits).view(np.float64), [1, 1 + d])
-            parts.append(Statistics(mu, sigma.reshape(d, d), int(count[0])))
-        return functools.reduce(Statistics.__add__, parts)
+            total += Statistics(mu, sigma.reshape(d, d), int(count[0]))
+        return total
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes an .npz that pytorch-fid reads too, whole or not at all."""

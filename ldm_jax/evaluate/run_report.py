@@ -41,11 +41,12 @@ def reconstruction(
     """
     params = first_stage.params
     vq = isinstance(net, autoencoder.VQModel)
+    key = jax.random.key(0) if vq else None  # of codes that a remap doesn't know
 
     @jax.jit
     def reconstruct(params, x):
         encoded = first_stage_lib.encode_moments(net, params, x)
-        bottleneck = net.apply({"params": params}, encoded, method="bottleneck")
+        bottleneck = net.apply({"params": params}, encoded, key, method="bottleneck")
         x_hat = net.apply({"params": params}, bottleneck.z, method="decode")
         return x_hat, bottleneck.penalty, bottleneck.indices, encoded
 
@@ -72,7 +73,7 @@ def reconstruction(
             )
         if vq:
             kept = np.asarray(indices).reshape(len(keep), -1)[keep]
-            uses = uses + np.bincount(kept.ravel(), minlength=net.n_embed)
+            uses = uses + np.bincount(kept.ravel(), minlength=net.num_indices)
         else:
             latent_size = encoded[0].size // 2
             values.setdefault("kl_per_dim", []).append(

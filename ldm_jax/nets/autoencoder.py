@@ -318,6 +318,16 @@ class VQModel(Autoencoder):
         self.post_quant_conv = layers.Conv(self.z_channels, 1, dtype=self.dtype)
         self.quantize = self.make_quantizer()
 
+    @property
+    def num_indices(self) -> int:
+        """How many values the indices take: the codes, or those of `remap`."""
+        if self.remap is None:
+            return self.n_embed
+        highest = {"random": 0, "extra": len(self.remap)}.get(
+            self.unknown_index, self.unknown_index
+        )
+        return max(len(self.remap), highest + 1)
+
     @nn.nowrap
     def make_quantizer(self) -> quantize.VectorQuantizer:
         """The quantizer, whose param is `quantize/embedding` of this net's."""

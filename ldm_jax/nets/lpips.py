@@ -97,6 +97,6 @@ def _unit(features: jax.Array) -> jax.Array:
     """Features [..., c] divided by their norm, which 1e-10 keeps from 0."""
     features = features.astype(jnp.float32)
     square = jnp.square(features).sum(-1, keepdims=True)
-    # √'s slope at 0 is infinite: where all features are 0, so should the gradient be.
+    # Where all features are 0, √ has an infinite slope, and 0 times that is NaN.
     norm = jnp.sqrt(jnp.where(square > 0, square, 1.0))
     return features / (jnp.where(square > 0, norm, 0.0) + 1e-10)

@@ -33,10 +33,12 @@ def encode_and_decode(
 ):
     """The autoencoder up to its last layer: (features, bottleneck, encoded, variables).
 
-    Without a key nothing is drawn and `variables` stay as they are.
+    Without a key no latent is drawn and `variables` stay as they are.
     """
     training = key is not None
     keys = [jax.random.fold_in(key, n) for n in range(2)] if training else [None] * 2
+    if is_vq(net) and not training:
+        keys[LATENT] = jax.random.key(0)  # of codes that a remap doesn't know
     options = {
         "deterministic": not training,
         "rngs": {"dropout": keys[DROPOUT]} if training else None,
@@ -115,7 +117,7 @@ def pooled(
     if bottleneck.indices is not None:
         indices = bottleneck.indices.reshape(x.shape[0], -1)
         weights = jnp.broadcast_to(mask[:, None], indices.shape)
-        uses = jnp.zeros(net.n_embed).at[indices].add(weights)
+        uses = jnp.zeros(net.num_indices).at[indices].add(weights)
         metrics["code_uses"] = (uses, jnp.ones([]))
     return metrics
 

@@ -24,6 +24,7 @@ from ldm_jax.evaluate import run_report
 from ldm_jax.train import alarms as alarms_lib
 from ldm_jax.train import (
     checkpoint,
+    handover,
     optim,
     report,
     sharding,
@@ -67,6 +68,8 @@ def check(
             hint = config_lib.nearest(name, STAGES)
             raise UserError(f"stages: no stage {name!r}; {hint}")
     mesh = sharding.make_mesh(config.mesh)
+    if handover.is_taken(config):
+        handover.adopt_config(config, workdir)
     for name in config.stages:
         section = config[f"{name}_stage"]
         own = section.batch_size is not None
@@ -162,6 +165,8 @@ def open_workdir(
                     partial = folder.with_name(f".{name}")
                     tokenizer.save_pretrained(partial)
                     partial.rename(folder)
+            if handover.is_taken(config):
+                handover.copy_checkpoint(config, workdir)
             # Also where a run goes on with another report, mesh or learning rate.
             workdir_lib.write_text(
                 workdir_lib.config_path(workdir), config_lib.to_json(config)
@@ -350,6 +355,8 @@ def plan(
         "diffusion": lambda: model_lib.init_diffusion(config, model, key),
     }
     for name in config.stages:
+        if name == "autoencoder" and handover.is_taken(config):
+            continue
         section = config[f"{name}_stage"]
         size = stage_lib.batch_size(section, config)
         try:
@@ -409,13 +416,17 @@ def train(
         model = model_lib.build(config, tokenizer_of)
         step_diffusion.check_weights(model)
     finished = checkpoint.Checkpoints(workdir / "autoencoder").finished()
-    if "autoencoder" in config.stages and not finished:
+    taken = handover.is_taken(config)
+    if "autoencoder" in config.stages and not finished and not taken:
         frozen = step_autoencoder.load_frozen(config)
     plan(config, net, model, len(train_source))
     open_workdir(workdir, config, tokenizer_of)
 
     # ---- Stages -----------------------------------------------------------------
     for name in config.stages:
+        if name == "autoencoder" and taken:
+            report.say(f"autoencoder: taken from {config.autoencoder_from}")
+            continue
         if name == "autoencoder":
             stage = step_autoencoder.make_stage(
                 config, net, train_source, heldout_source, mesh, frozen

@@ -172,8 +172,7 @@ def prior_samples(net: nn.Module, params: Any, shape: tuple[int, ...]) -> jax.Ar
     """
     key = jax.random.key(0)
     if autoencoder_loss.is_vq(net):
-        codes = len(net.remap) if net.remap else net.n_embed
-        indices = jax.random.randint(key, shape[:3], 0, codes)
+        indices = jax.random.randint(key, shape[:3], 0, net.num_indices)
         return net.apply({"params": params}, indices, method="decode_code")
     return net.apply({"params": params}, jax.random.normal(key, shape), method="decode")
 

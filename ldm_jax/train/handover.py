@@ -1,0 +1,53 @@
+"""A first stage that another run has trained, taken over by this one.
+
+`--config.autoencoder_from=runs/kl_f4` copies its last checkpoint, with the statistics
+of its latents, so that the new workdir is whole by itself.
+"""
+
+import pathlib
+import shutil
+
+import ml_collections
+
+from ldm_jax import workdir as workdir_lib
+from ldm_jax.config import UserError
+from ldm_jax.train import checkpoint
+
+
+def is_taken(config: ml_collections.ConfigDict) -> bool:
+    """Whether stage one is not this run's to train."""
+    return bool(config.get("autoencoder_from"))
+
+
+def adopt_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Puts the net's section of that run in place of this config's own.
+
+    Raises UserError where there is no such run, or its first stage isn't finished.
+    """
+    run = pathlib.Path(config.autoencoder_from)
+    if checkpoint.Checkpoints(workdir / "autoencoder").finished():
+        run = workdir  # copied before; the other run may be gone
+    elif not workdir_lib.config_path(run).is_file():
+        raise UserError(
+            f"autoencoder_from: {run} holds no run (no config.json); give the --workdir"
+            " of one that has trained an autoencoder"
+        )
+    elif not checkpoint.Checkpoints(run / "autoencoder").finished():
+        raise UserError(
+            f"autoencoder_from: the autoencoder of {run} is not finished; train it to"
+            " its end first"
+        )
+    config.autoencoder = workdir_lib.read_config(run).autoencoder
+
+
+def copy_checkpoint(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
+    """Copies the other run's last checkpoint, unless that was done before."""
+    if checkpoint.Checkpoints(workdir / "autoencoder").finished():
+        return
+    source = pathlib.Path(config.autoencoder_from) / "autoencoder"
+    step = checkpoint.Checkpoints(source).steps()[0]
+    target = workdir / "autoencoder" / str(step)
+    partial = target.with_name(f".{step}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source / str(step), partial)
+    partial.rename(target)
