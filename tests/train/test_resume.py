@@ -35,7 +35,7 @@ def cache(tmp_path_factory):
 
 
 def _run(
-    workdir, cache, *flags, stop_at=None, with_signal=None, devices=1
+    workdir, cache, *more, flags=FLAGS, stop_at=None, with_signal=None, devices=1
 ) -> tuple[int, str]:
     """Trains in a process; sends `with_signal` when a line holds `stop_at`."""
     env = os.environ | {
@@ -46,7 +46,7 @@ def _run(
         "JAX_NUM_CPU_DEVICES": str(devices),
     }
     process = subprocess.Popen(
-        [sys.executable, "-m", "ldm_jax.train", *FLAGS, *flags, f"--workdir={workdir}"],
+        [sys.executable, "-m", "ldm_jax.train", *flags, *more, f"--workdir={workdir}"],
         cwd=ROOT,
         env=env,
         stdout=subprocess.PIPE,
@@ -65,7 +65,10 @@ def _run(
 def _arrays(workdir, stage) -> list[np.ndarray]:
     """Every array of the last checkpoint, read by orbax alone."""
     folder = pathlib.Path(workdir, stage).absolute()
-    items = {name: ocp.args.StandardRestore() for name in checkpoint.TREES}
+    there = {path.name for path in (folder / str(STEPS)).iterdir()}
+    items = {
+        name: ocp.args.StandardRestore() for name in checkpoint.TREES if name in there
+    }
     with ocp.CheckpointManager(folder) as manager:
         restored = manager.restore(STEPS, args=ocp.args.Composite(**items))
     return [np.asarray(x) for x in jax.tree.leaves(dict(restored.items()))]
@@ -144,3 +147,28 @@ def test_interrupted_on_two_devices_ends_with_the_same_bits(tmp_path, cache):
     assert code == 0, output
     stages = ("autoencoder", "diffusion")
     _assert_same_bits(halved, {stage: _arrays(whole, stage) for stage in stages})
+
+
+def test_adversarial_training_ends_with_the_same_bits(tmp_path, cache):
+    """Codebook, discriminator and its running statistics are part of the state."""
+    flags = (
+        "--config=configs/autoencoder.py:debug_vq",
+        f"--config.autoencoder_stage.steps={STEPS}",
+        "--config.autoencoder_stage.adversarial.disc_start=3",
+        "--config.report.checkpoint_steps=2",
+        "--config.report.eval_steps=100",
+        "--config.report.image_steps=100",
+    )
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    code, output = _run(whole, cache, flags=flags)
+    assert code == 0, output
+    for point in ("autoencoder 3/6", "autoencoder 6/6  held-out"):
+        code, output = _run(
+            killed, cache, flags=flags, stop_at=point, with_signal=signal.SIGKILL
+        )
+        assert code == -signal.SIGKILL, output
+    code, output = _run(killed, cache, flags=flags)
+    assert code == 0 and "going on from step 4" in output, output
+    names = {path.name for path in (killed / "autoencoder" / str(STEPS)).iterdir()}
+    assert {"variables", "adversary"} <= names
+    _assert_same_bits(killed, {"autoencoder": _arrays(whole, "autoencoder")})

@@ -304,6 +304,20 @@ def test_a_batch_that_is_not_finite_changes_nothing(kind):
     assert state.skipped == 0 and metrics["loss"][1] == 1
 
 
+def test_mixed_precision_keeps_float32_where_it_matters():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        stage = _stage(_config("kl", f"dtype={dtype}"))
+        state = jax.jit(stage.create)(jax.random.key(0))
+        state, metrics = jax.jit(stage.phases[-1].step)(
+            state, {}, {"image": _images(8)}
+        )
+        losses[dtype] = metrics["loss"][0]
+        for leaf in jax.tree.leaves((state.params, state.opt_state, state.adversary)):
+            assert leaf.dtype in (jnp.float32, jnp.int32)
+    np.testing.assert_allclose(*losses.values(), rtol=0.02)
+
+
 def test_codes_are_counted():
     values = {
         "latent_mean": np.array([1.0, 3.0]),
