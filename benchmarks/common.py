@@ -59,7 +59,8 @@ def first_stage(
     config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion
 ) -> first_stage_lib.FirstStage:
     """An untrained first stage with unit statistics."""
-    params = model_lib.init_autoencoder(config, model.autoencoder, jax.random.key(0))
+    key = jax.random.key(0)
+    params, _ = model_lib.init_autoencoder(config, model.autoencoder, key)
     c = model.latent_shape[-1]
     return first_stage_lib.FirstStage(
         params["autoencoder"], jnp.zeros([c]), jnp.ones([c])

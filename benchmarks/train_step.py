@@ -9,7 +9,9 @@ count of our step before it is optimized, over the median.
 import argparse
 import importlib.util
 import time
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -18,52 +20,59 @@ import numpy as np
 from benchmarks import common
 from ldm_jax import config as config_lib
 from ldm_jax import model as model_lib
-from ldm_jax.train import (
-    optim,
-    report,
-    stage,
-    state,
-    step_autoencoder,
-    step_diffusion,
-)
+from ldm_jax.data import sources
+from ldm_jax.train import optim, report, sharding, step_autoencoder, step_diffusion
+from ldm_jax.train import stage as stage_lib
+from ldm_jax.train import state as train_state
 
 
 class Step:
     """A compiled training step that goes on from its own last state."""
 
-    def __init__(self, section, loss, params, frozen, batch):
-        tx, _ = optim.make_optimizer(section.optim, section.steps)
-        step = stage.make_step(
-            loss,
-            tx,
-            seed=0,
-            micro_batches=section.micro_batches,
-            ema_decay=section.ema_decay,
-        )
-        self.parameters = report.count(params)
-        self._state = state.create(params, tx, section.ema_decay)
+    def __init__(
+        self,
+        step: stage_lib.Step,
+        state: train_state.TrainState,
+        frozen: Any,
+        batch: dict[str, Any],
+    ):
+        self.parameters = report.count(state.params)
+        self._state = state
         self._inputs = jax.device_put((frozen, batch))
-        lowered = jax.jit(step, donate_argnums=0).lower(self._state, *self._inputs)
+        lowered = jax.jit(step, donate_argnums=0).lower(state, *self._inputs)
         self.flops = lowered.cost_analysis()["flops"]
         began = time.perf_counter()
-        self._step = lowered.compile()
+        self.compiled = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
 
     def __call__(self):
-        self._state, metrics = self._step(self._state, *self._inputs)
+        self._state, metrics = self.compiled(self._state, *self._inputs)
         return metrics
+
+
+def autoencoder_stage(
+    config: ml_collections.ConfigDict, net: nn.Module
+) -> stage_lib.Stage:
+    """Stage one as the loop gets it, behind a data set of one black picture."""
+    side = config.resolution
+    source = sources.Source({"image": np.zeros((1, side, side, 3), np.uint8)})
+    mesh, frozen = sharding.make_mesh(config.mesh), step_autoencoder.load_frozen(config)
+    return step_autoencoder.make_stage(config, net, source, source, mesh, frozen)
+
+
+def pictures(config: ml_collections.ConfigDict, b: int) -> dict[str, jax.Array]:
+    """A batch of noise."""
+    shape = (b, config.resolution, config.resolution, 3)
+    return {"image": jax.random.uniform(jax.random.key(1), shape, minval=-1.0)}
 
 
 def autoencoder(
     config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion, b: int
 ) -> Step:
-    """The step of stage one."""
-    section, net = config.autoencoder_stage, model.autoencoder
-    params = model_lib.init_autoencoder(config, net, jax.random.key(0))
-    side = config.resolution
-    x = jax.random.uniform(jax.random.key(1), (b, side, side, 3), minval=-1.0)
-    loss = step_autoencoder.make_loss(net, section)
-    return Step(section, loss, params, {}, {"image": x})
+    """The step of stage one, before a discriminator joins."""
+    stage = autoencoder_stage(config, model.autoencoder)
+    state = stage.create(jax.random.key(0))
+    return Step(stage.phases[0].step, state, stage.frozen, pictures(config, b))
 
 
 def diffusion(
@@ -76,8 +85,16 @@ def diffusion(
     mean = jax.random.normal(jax.random.key(1), (b, h, w, c))
     moments = jnp.concatenate([mean, jnp.full_like(mean, -6)], axis=-1)
     batch = {"moments": moments, **common.captions(model, b)}
-    loss = step_diffusion.make_loss(model, section)
-    return Step(section, loss, params, frozen, batch)
+    tx, _ = optim.make_optimizer(section.optim, section.steps, b)
+    step = stage_lib.make_step(
+        step_diffusion.make_loss(model, section),
+        tx,
+        seed=0,
+        micro_batches=section.micro_batches,
+        ema_decay=section.ema_decay,
+    )
+    state = train_state.create(params, tx, section.ema_decay)
+    return Step(step, state, frozen, batch)
 
 
 def references(name: str, model: model_lib.LatentDiffusion, side: int, b: int):
@@ -109,7 +126,7 @@ def main() -> None:
     head = ("Net", "Parameters", "Batch", "Compile s", "Step ms", "Images/s", "GFLOP/s")
     print(f"| {' | '.join(head)} | Over torch |\n|{' --- |' * (len(head) + 1)}")
     for name, make in (("autoencoder", autoencoder), ("diffusion", diffusion)):
-        b = args.batch_size or stage.batch_size(config[f"{name}_stage"], config)
+        b = args.batch_size or stage_lib.batch_size(config[f"{name}_stage"], config)
         step = make(config, model, b)
         others, torch_parameters = {}, 0
         if not args.no_torch:

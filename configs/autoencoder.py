@@ -97,7 +97,10 @@ def openmoji(kind: str, f: int) -> ConfigDict:
             )
         )
     section = config.autoencoder_stage
-    section.update(dict(steps=3500, batch_size=8, ema_decay=0.995))
+    # A deep net leaves its first plateau by the number of steps, not of pictures.
+    batch_size = 8 if f < 8 else 4
+    steps = 28_000 // batch_size
+    section.update(dict(steps=steps, batch_size=batch_size, ema_decay=0.995))
     section.optim.update(defaults.fast_adam(2e-3, warmup_steps=50))
     section.adversarial.net.update(dict(ndf=16, n_layers=2))
     section.adversarial.optim.update(

@@ -35,7 +35,7 @@ def workdir(tmp_path_factory):
     tokenizer.save_pretrained(workdir_lib.tokenizer_path(folder, "text"))
     model = model_lib.build(config, {"text": tokenizer})
     key, c = jax.random.key(0), model.latent_shape[-1]
-    first = model_lib.init_autoencoder(config, model.autoencoder, key)
+    first, _ = model_lib.init_autoencoder(config, model.autoencoder, key)
     second = model_lib.init_diffusion(config, model, key)
     latent = {"mean": [0.0] * c, "std": [1.0] * c}
     _save(folder / "autoencoder", first, {"step": 0, "latent": latent})

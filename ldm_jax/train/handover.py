@@ -41,8 +41,11 @@ def adopt_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
 
 
 def copy_checkpoint(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
-    """Copies the other run's last checkpoint, unless that was done before."""
-    if checkpoint.Checkpoints(workdir / "autoencoder").finished():
+    """Copies the other run's last checkpoint, unless that was done before.
+
+    One process calls this, so that it may not read with orbax, which waits for all.
+    """
+    if checkpoint.Checkpoints(workdir / "autoencoder").steps():
         return
     source = pathlib.Path(config.autoencoder_from) / "autoencoder"
     step = checkpoint.Checkpoints(source).steps()[0]

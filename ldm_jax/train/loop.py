@@ -38,12 +38,17 @@ STAGES = ("autoencoder", "diffusion")
 
 
 class StopSignal:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave."""
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave.
+
+    Of several processes one need be told: JAX has a handler of SIGTERM that tells the
+    others, within about a second, and a SIGINT is given on to it.
+    """
 
     def __init__(self):
-        self._received = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        self._received, self._asked = False, 0
+        signal.signal(signal.SIGINT, self._note)
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, number, frame):
         del frame
@@ -51,12 +56,17 @@ class StopSignal:
         if self._received and number == signal.SIGINT:
             raise KeyboardInterrupt
         self._received = True
-
-    def at(self, step: int) -> bool:
-        """Whether to stop after `step`; all processes agree on it."""
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
+            signal.raise_signal(signal.SIGTERM)
+
+    def now(self) -> bool:
+        """Whether to stop after this step; all processes agree on it."""
+        if jax.process_count() == 1:
+            return self._received
+        # They agree on the number after the highest that any has asked for. A step
+        # would not do: the first of a stage, or of a run that goes on, may be past it.
+        self._asked += 1
+        return multihost_utils.reached_preemption_sync_point(self._asked)
 
 
 def check(
@@ -157,6 +167,7 @@ def open_workdir(
     tokenizer_of: dict[str, Any],
 ) -> None:
     """Writes what makes a folder a run; the first write of all, by one process."""
+    _wait_for_all("what was in the workdir is read")
     if jax.process_index() == 0:
         try:
             for name, tokenizer in tokenizer_of.items():
@@ -175,8 +186,13 @@ def open_workdir(
             raise UserError(
                 f"--workdir: {workdir} cannot be written ({error}); choose another"
             ) from error
+    _wait_for_all("the workdir is written")
+
+
+def _wait_for_all(what: str) -> None:
+    """Until every process has come here."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("workdir")
+        multihost_utils.sync_global_devices(what)
 
 
 def run_stage(
@@ -245,7 +261,7 @@ def run_stage(
     frozen = jax.device_put(
         jax.tree.map(np.asarray, stage.frozen), sharding.replicated(mesh)
     )
-    evaluate = stage_lib.make_evaluate(stage, config.seed)
+    evaluate = stage_lib.make_evaluate(stage.evaluate, config.seed)
     batch = next(batches)
 
     @functools.lru_cache(maxsize=1)
@@ -302,7 +318,7 @@ def run_stage(
                 seconds = time.monotonic() - started
                 report.say(f"{stage.name}: first step {seconds:.1f} s after the start")
             dashboard.step(step)
-            stopped = stop.at(step)
+            stopped = stop.now()
             last = step == steps or stopped
             if step % every.log_steps == 0 or last:
                 values = stage.summarize(report.mean_metrics(pending), len(pending))

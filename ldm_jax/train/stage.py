@@ -85,7 +85,7 @@ def make_step(
     return step
 
 
-def make_evaluate(stage: Stage, seed: int):
+def make_evaluate(of_key: Callable[..., train_state.Metrics], seed: int):
     """`evaluate(params, frozen, batch, index) -> metrics`: fixed noise for batch index.
 
     Every evaluation sees the same timesteps and noise, so its curve moves only because
@@ -95,7 +95,7 @@ def make_evaluate(stage: Stage, seed: int):
     @jax.jit
     def evaluate(params, frozen, batch, index):
         key = jax.random.fold_in(jax.random.key(seed), index)
-        return stage.evaluate(params, frozen, batch, key)
+        return of_key(params, frozen, batch, key)
 
     return evaluate
 

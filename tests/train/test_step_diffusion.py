@@ -84,7 +84,9 @@ def test_evaluation_drops_no_caption_and_is_repeatable(setup):
     values = []
     for m in (model, always):
         loss = step_diffusion.make_loss(m, config.diffusion_stage)
-        evaluate = stage.make_evaluate(loss, seed=0)
+        evaluate = stage.make_evaluate(
+            lambda *args, loss=loss: loss(*args, deterministic=True)[1], seed=0
+        )
         total, count = evaluate(params, frozen, batch, 3)["loss"]
         values.append(float(total / count))
         assert evaluate(params, frozen, batch, 3)["loss"][0] == total
