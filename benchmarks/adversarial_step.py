@@ -10,7 +10,7 @@ import pathlib
 from unittest import mock
 
 import jax
-import jnp as jnp
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
