@@ -144,7 +144,7 @@ def main() -> None:
                 f" {step.flops / t / 1e9:.1f} | {ratio if mine else ''} |",
                 flush=True,
             )
-        if not all(np.isfinite(float(v[0])) for v in step().values()):
+        if not all(np.all(np.isfinite(np.asarray(v[0]))) for v in step().values()):
             raise SystemExit(f"{name}: the step gave a number that is not finite")
 
 
