@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -168,7 +169,9 @@ def test_adversarial_training_ends_with_the_same_bits(tmp_path, cache):
         )
         assert code == -signal.SIGKILL, output
     code, output = _run(killed, cache, flags=flags)
-    assert code == 0 and "going on from step 4" in output, output
+    assert code == 0, output
+    # The save of step 4 may still have been under way when the signal came.
+    assert re.search(r"going on from step [24] ", output), output
     names = {path.name for path in (killed / "autoencoder" / str(STEPS)).iterdir()}
     assert {"variables", "adversary"} <= names
     _assert_same_bits(killed, {"autoencoder": _arrays(whole, "autoencoder")})

@@ -1,0 +1,109 @@
+"""The f sweep: equal compute, rows that are kept, what it says of mistakes."""
+
+import csv
+import json
+
+import pytest
+from PIL import Image
+
+from benchmarks import f_sweep
+from ldm_jax import config as config_lib
+from ldm_jax import workdir as workdir_lib
+from ldm_jax.config import UserError
+
+
+def _row(f, **columns):
+    row = dict.fromkeys(f_sweep.COLUMNS, 1.5) | {"f": f, "attribution": "by someone"}
+    return row | columns
+
+
+def test_the_steps_of_all_factors_cost_the_same():
+    size = f_sweep.SIZES["small"]
+    plans = f_sweep.make_plans((1, 4, 32), size, ())
+    assert [plan.f for plan in plans] == [1, 4, 32]
+    assert set(plans[0].steps) == {"diffusion"}  # pixels have no first stage
+    for plan in plans:
+        for stage, steps in plan.steps.items():
+            assert steps * plan.flops[stage] == pytest.approx(size.flops, rel=0.02)
+            config = config_lib.load(plan.spec, plan.overrides)
+            assert config[f"{stage}_stage"].steps == steps
+    per_image = [plan.flops["diffusion"] for plan in plans]
+    assert per_image[0] > per_image[1] > per_image[2]
+
+
+def test_a_budget_below_one_step_is_an_error():
+    assert f_sweep.affordable_steps(10.0, {"diffusion": 3.0}) == {"diffusion": 3}
+    with pytest.raises(UserError, match=r"diffusion_stage\.batch_size: one step"):
+        f_sweep.affordable_steps(1.0, {"diffusion": 3.0})
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (["--factors=4,3"], "--factors: no '3'; choose from 1,2,4,8,16,32"),
+        (["--factors=,"], "--factors: none given"),
+        (["--size=smal"], "--size: 'smal'"),
+        (["--sizes=small"], "--sizes=small: no such flag"),
+        (["--config.diffusion_stage.steps=3"], "steps follow from equal compute"),
+    ],
+)
+def test_mistakes_take_one_line_and_write_nothing(tmp_path, capsys, flags, error):
+    with pytest.raises(SystemExit) as stopped:
+        f_sweep.main([f"--out={tmp_path / 'out'}", *flags])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert error in said and said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_factor_is_kept_unless_its_run_was_another(tmp_path):
+    size = f_sweep.SIZES["debug"]
+    plan = f_sweep.Plan(4, ("diffusion_stage.steps=7",), {}, {})
+    assert f_sweep.kept_row(tmp_path, plan, size) is None
+    config = config_lib.load(plan.spec, plan.overrides)
+    path = workdir_lib.config_path(tmp_path)
+    workdir_lib.write_text(path, config_lib.to_json(config))
+    row = _row(4, samples=size.samples)
+    workdir_lib.write_text(tmp_path / f_sweep.ROW, json.dumps(row))
+    assert f_sweep.kept_row(tmp_path, plan, size) == row
+    longer = plan._replace(overrides=("diffusion_stage.steps=8",))
+    assert f_sweep.kept_row(tmp_path, longer, size) is None
+    assert f_sweep.kept_row(tmp_path, plan, size._replace(samples=99)) is None
+
+
+def test_table_and_plot_of_rows_with_gaps(tmp_path):
+    nothing = dict.fromkeys(("psnr", "reconstruction_random_net_distance"))
+    rows = [_row(1, **nothing), _row(4, psnr=30.25), _row(8, psnr=26.0)]
+    f_sweep.write_csv(rows, tmp_path / "f_sweep.csv")
+    with (tmp_path / "f_sweep.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [line["f"] for line in read] == ["1", "4", "8"]
+    assert [line["psnr"] for line in read] == ["", "30.25", "26"]
+    assert [path.name for path in tmp_path.iterdir()] == ["f_sweep.csv"]
+
+    lines = f_sweep.table(rows).splitlines()
+    assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
+
+    f_sweep.draw(rows, "a title", tmp_path / "f_sweep.png")
+    with Image.open(tmp_path / "f_sweep.png") as image:
+        assert min(image.size) > 500
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_factors_runs_and_goes_on(tmp_path, capfd):
+    flags = [f"--out={tmp_path}", "--size=debug", "--factors=1,16"]
+    small = [
+        "--config.data.source=synthetic",
+        "--config.report.eval_images=8",
+        "--config.report.retrieval_captions=4",
+    ]
+    f_sweep.main(flags + small)
+    assert "Samples/s" in capfd.readouterr().out
+    with (tmp_path / "f_sweep.csv").open() as file:
+        pixels, latents = csv.DictReader(file)
+    assert pixels["psnr"] == "" and float(latents["psnr"]) > 3
+    for row in (pixels, latents):
+        assert float(row["samples_per_second"]) > 0
+        assert float(row["sample_random_net_distance"]) > 0
+    f_sweep.main(flags + small)
+    assert capfd.readouterr().out.count("finished, kept as it is") == 2
