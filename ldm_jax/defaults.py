@@ -18,11 +18,12 @@ def run() -> ConfigDict:
     config.dtype = "auto"  # auto | float32 | bfloat16; auto is float32 on CPU
 
     config.data = ConfigDict()
-    config.data.source = "openmoji"  # openmoji | folder | tfds | synthetic
+    config.data.source = "openmoji"  # see data/sources.py
     config.data.options = ConfigDict()
     config.data.train_split = "train"
     config.data.heldout_split = "compositional"
     config.data.ops = (("to_float", {}),)
+    config.data.derive = ConfigDict()  # columns made of the pictures: low_res, mask
 
     config.conditioners = ConfigDict()
     config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, dcn_data=1))
@@ -177,3 +178,133 @@ def narrow_autoencoder(resolution: int, ch_mult: tuple, z_channels: int) -> dict
         dropout=0.0,
         norm_groups=8,
     )
+
+
+# ---- Conditions that several files list ------------------------------------------
+
+
+def bert_text(variant: str) -> ConfigDict:
+    """The paper's jointly trained text transformer on BERT's tokens."""
+    return ConfigDict(
+        dict(
+            kind="text",
+            field="caption",
+            slot="context",
+            trainable=True,
+            dropout=0.1,
+            tokenizer=dict(name="bert-base-uncased", train_vocab_size=None),
+            length=77,
+            net=dict(kind="transformer", variant=variant),
+        )
+    )
+
+
+def clip_text(
+    name: str = "stabilityai/stable-diffusion-2", variant: str = "openclip_h"
+) -> ConfigDict:
+    """A frozen CLIP text tower, as in Stable Diffusion."""
+    return ConfigDict(
+        dict(
+            kind="text",
+            field="caption",
+            slot="context",
+            trainable=False,
+            dropout=0.1,
+            tokenizer=dict(name=name, train_vocab_size=None),
+            length=77,
+            net=dict(kind="clip", variant=variant),
+        )
+    )
+
+
+def small_text(dim: int = 128, length: int = 20) -> ConfigDict:
+    """One layer over a vocabulary that is trained on the captions."""
+    return ConfigDict(
+        dict(
+            kind="text",
+            field="caption",
+            slot="context",
+            trainable=True,
+            dropout=0.1,
+            tokenizer=dict(name=None, train_vocab_size=2048),
+            length=length,
+            net=dict(kind="transformer", dim=dim, depth=1),
+        )
+    )
+
+
+# ---- Runs of minutes on two CPU cores ----------------------------------------------
+
+
+def emoji(channels: int = 8) -> ConfigDict:
+    """Both stages at 32 pixels, f = 4, on OpenMoji; conditions and UNet are to come."""
+    config = both_stages()
+    config.resolution = 32
+    config.autoencoder = ConfigDict(
+        narrow_autoencoder(32, ch_mult=(1, 2, 4), z_channels=channels)
+        | dict(double_z=True, init_logvar=-6.0)
+    )
+    config.autoencoder_stage.update(dict(steps=3000, batch_size=8, ema_decay=0.995))
+    config.autoencoder_stage.optim.update(fast_adam(2e-3, warmup_steps=50))
+    config.diffusion.parameterization = "v"
+    config.diffusion_stage.update(dict(steps=4000, batch_size=32, ema_decay=0.998))
+    config.diffusion_stage.optim.update(fast_adam(2e-3, warmup_steps=100))
+    config.diffusion_stage.optim.clip_norm = 1.0
+    return config
+
+
+def scenes(count: int = 8192) -> ConfigDict:
+    """The same on composed scenes, for shorter: what a task needs to show itself."""
+    config = emoji()
+    config.data.source = "openmoji_scenes"
+    config.data.options = ConfigDict(dict(count=count, objects=(1, 3)))
+    config.diffusion_stage.steps = 1500
+    return config
+
+
+def emoji_unet(
+    concat: int = 0, context_dim: int | None = None, channels: int = 8
+) -> ConfigDict:
+    """A narrow UNet; `concat` channels join the latent, tokens are `context_dim` wide.
+
+    Without context its attention is plain.
+    """
+    options = dict(
+        in_channels=channels + concat,
+        out_channels=channels,
+        model_channels=64,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(1, 2),
+        num_head_channels=32,
+    )
+    if context_dim is not None:
+        options |= dict(
+            use_spatial_transformer=True,
+            use_linear_in_transformer=True,
+            transformer_depth=1,
+            context_dim=context_dim,
+            legacy=False,
+        )
+    return ConfigDict(options)
+
+
+def debug(config: ConfigDict) -> ConfigDict:
+    """Shrinks an emoji run to two steps of everything, at 16 pixels and tiny widths."""
+    config.resolution = 16
+    config.batch_size = 8
+    if config.autoencoder.get("kind") != "identity":
+        config.autoencoder.update(dict(ch=8, ch_mult=(1, 2), resolution=16))
+    config.unet.update(
+        dict(model_channels=32, channel_mult=(1,), attention_resolutions=(1,))
+    )
+    for name in config.stages:
+        section = config[f"{name}_stage"]
+        section.steps = 2
+        section.batch_size = None
+        section.optim.warmup_steps = 1
+    if "count" in config.data.options:
+        config.data.options.count = 64
+    config.sample.steps = 2
+    config.report.update(dict(log_steps=1, eval_images=8, retrieval_captions=4))
+    return config

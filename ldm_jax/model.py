@@ -13,6 +13,7 @@ import numpy as np
 
 from ldm_jax import first_stage
 from ldm_jax.conditioning import conditioners as conditioning
+from ldm_jax.conditioning import kinds
 from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.diffusion import denoiser, schedules
 from ldm_jax.nets import autoencoder, unet
@@ -121,14 +122,31 @@ def build(
             f"unet.out_channels: {unet_kwargs['out_channels']}, but the autoencoder's"
             f" latent has {shape[-1]} channels; set it to {shape[-1]}"
         )
-    return LatentDiffusion(
+    model = LatentDiffusion(
         autoencoder=net,
         unet=construct("unet", unet.UNet, unet_kwargs),
-        conditioners=conditioning.build(config.conditioners, tokenizer_of),
+        conditioners=kinds.build(
+            config.conditioners, config.resolution, shape, tokenizer_of
+        ),
         schedule=schedule,
         parameterization=parameterization,
         latent_shape=shape,
     )
+    check_channels(config, model)
+    return model
+
+
+def check_channels(config: ml_collections.ConfigDict, model: LatentDiffusion) -> None:
+    """Raises UserError unless the UNet takes the latent and what joins its channels."""
+    channels = model.latent_shape[-1]
+    if any("concat" in c.slots for c in model.conditioners.values()):
+        channels += conditioning_shapes(config, model).concat.shape[-1]
+    if model.unet.in_channels != channels:
+        raise UserError(
+            f"unet.in_channels: {model.unet.in_channels}, but the latent has"
+            f" {model.latent_shape[-1]} channels and conditions add"
+            f" {channels - model.latent_shape[-1]}; set it to {channels}"
+        )
 
 
 def init_autoencoder(
@@ -153,7 +171,9 @@ def init_diffusion(
     """Stage two's trained params: unet, conditioners and, if learned, logvar [T]."""
     unet_key, cond_key = jax.random.split(key)
     cond_params = conditioning.init(model.conditioners, cond_key)
-    cond = conditioning.encode_null(model.conditioners, cond_params, 1)
+    cond = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), conditioning_shapes(config, model)
+    )
     z = jnp.zeros((1, *model.latent_shape))
     if cond.concat is not None:
         z = jnp.concatenate([z, cond.concat], axis=-1)
@@ -162,7 +182,7 @@ def init_diffusion(
     trained = {
         name: cond_params[name]
         for name, conditioner in model.conditioners.items()
-        if conditioner.trainable
+        if conditioner.trainable and conditioner.has_params
     }
     params = {"unet": variables["params"], "conditioners": trained}
     settings = config.diffusion_stage.loss
@@ -170,6 +190,50 @@ def init_diffusion(
         steps = len(model.schedule.betas)
         params["logvar"] = jnp.full([steps], settings.logvar_init, jnp.float32)
     return params
+
+
+def make_tools(
+    model: LatentDiffusion,
+    frozen: first_stage.FirstStage,
+    keys: jax.Array,
+    noise_level: jax.Array | None = None,
+    training: bool = False,
+) -> conditioning.Tools:
+    """What conditions may use: the first stage, and a typed key for every row [b]."""
+
+    def encode_image(x, keys):
+        moments = first_stage.encode_moments(model.autoencoder, frozen.params, x)
+
+        def draw(moments, key):  # a row's latent depends on its own key alone
+            return first_stage.sample_moments(
+                model.autoencoder, frozen, moments[None], key
+            )[0]
+
+        return jax.vmap(draw)(moments, keys)
+
+    return conditioning.Tools(encode_image, keys, noise_level, training)
+
+
+def conditioning_shapes(
+    config: ml_collections.ConfigDict, model: LatentDiffusion
+) -> conditioning.Conditioning:
+    """Shapes of one row of all conditions; nothing is computed."""
+
+    def make(key):
+        params, _ = init_autoencoder(config, model.autoencoder, key)
+        c = model.latent_shape[-1]
+        frozen = first_stage.FirstStage(
+            params["autoencoder"], jnp.zeros([c]), jnp.ones([c])
+        )
+        return conditioning.encode(
+            model.conditioners,
+            conditioning.init(model.conditioners, key),
+            jax.tree.map(jnp.asarray, conditioning.null_rows(model.conditioners, 1)),
+            tools=make_tools(model, frozen, jax.random.split(key, 1)),
+            sequential=model.unet.sequential_crossattn,
+        )
+
+    return jax.eval_shape(make, jax.random.key(0))
 
 
 def apply_unet(

@@ -20,14 +20,18 @@ from PIL import Image
 
 from ldm_jax import config as config_lib
 from ldm_jax import first_stage as first_stage_lib
+from ldm_jax import inputs as inputs_lib
 from ldm_jax import model as model_lib
-from ldm_jax import picture
+from ldm_jax import picture, shown
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
+from ldm_jax.conditioning import kinds
 from ldm_jax.config import UserError
 from ldm_jax.diffusion import samplers
 from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint
+
+CONDITION = 2  # purpose of a picture's key
 
 
 class Drawn(NamedTuple):
@@ -49,13 +53,19 @@ def _draw_fn(
     """One compiled program per model and settings; guidance and seed are traced."""
 
     @jax.jit
-    def draw(params, first_stage, fields, keys, guidance_scale):
+    def draw(params, first_stage, fields, keys, guidance_scale, noise_level):
         b = keys.shape[0]
-        cond = conditioning.encode(model.conditioners, params["conditioners"], fields)
+        cond_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, CONDITION)
+        tools = model_lib.make_tools(model, first_stage, cond_keys, noise_level)
+        trained = params["conditioners"]
+        sequential = model.unet.sequential_crossattn
+        cond = conditioning.encode(
+            model.conditioners, trained, fields, tools=tools, sequential=sequential
+        )
         uncond = None
         if guided:
             uncond = conditioning.encode_null(
-                model.conditioners, params["conditioners"], b
+                model.conditioners, trained, fields, tools, sequential
             )
         denoise = model_lib.make_denoiser(model, params, cond, uncond, guidance_scale)
         # A picture's noise depends on its own key alone, not on its batch.
@@ -97,11 +107,13 @@ def draw(
     sampler: str = "ddim",
     batch_size: int = 16,
     trajectory: bool = False,
+    noise_level: int | None = None,
 ) -> Drawn:
     """Draws one picture per row of the prepared `fields`; `count` where there are none.
 
     The same seed gives the same pictures whatever the batch size. A `guidance_scale`
-    of 1 calls the net without its unconditional half.
+    of 1 calls the net without its unconditional half, as does a model whose conditions
+    guide nothing. `noise_level` is that of noise-augmented conditions.
     """
     if sampler not in samplers.SAMPLERS:
         hint = config_lib.nearest(sampler, samplers.SAMPLERS)
@@ -111,7 +123,8 @@ def draw(
         raise UserError(f"--steps: {steps}; choose from 1 to {total}")
     n = len(next(iter(fields.values()))) if fields else count
     size = min(batch_size, n)
-    guided = bool(fields) and float(guidance_scale) != 1.0
+    guided = any(c.guided for c in model.conditioners.values())
+    guided = guided and float(guidance_scale) != 1.0
     run = _draw_fn(model, sampler, steps, float(eta), guided, trajectory)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(
         jnp.arange(-(-n // size) * size)
@@ -127,6 +140,7 @@ def draw(
             batch,
             keys[start : start + size],
             jnp.float32(guidance_scale),
+            None if noise_level is None else jnp.full([size], noise_level, jnp.int32),
         )
         images.append(np.asarray(x))
         rows.append(np.asarray(row) if trajectory else None)
@@ -150,28 +164,40 @@ class LoadedModel:
     first_stage: first_stage_lib.FirstStage
     step: int
 
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns of `inputs` that this model takes."""
+        return kinds.required_fields(self.model.conditioners)
+
     def sample(
         self,
-        prompts: str | Sequence[str],
+        prompts: str | Sequence[str] | None = None,
         *,
+        inputs: Mapping[str, Any] | None = None,
+        count: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
         seed: int = 0,
         eta: float = 0.0,
         sampler: str = "ddim",
         batch_size: int = 16,
+        noise_level: int | None = None,
         output: Literal["array", "pil"] = "array",
     ) -> np.ndarray | list[Image.Image]:
-        """Draws one picture per prompt: uint8 [b, H, W, 3], or PIL images.
+        """Draws one picture per prompt or row of `inputs`: uint8 [b, H, W, 3], or PIL.
 
-        `steps` and `guidance_scale` default to those of the run's config. Picture i of
-        a seed is the same in every call and batch.
+        `inputs` {column: rows} holds what this model takes (see `fields`): `prompts` is
+        short for its `caption`, and one row serves for all. `count` draws one row more
+        than once, or says how many where the model is unconditional. `steps` and
+        `guidance_scale` default to those of the run's config. Picture i of a seed is
+        the same in every call and batch.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        inputs = dict(inputs or {})
+        if prompts is not None:
+            inputs["caption"] = [prompts] if isinstance(prompts, str) else list(prompts)
         if output not in ("array", "pil"):
             raise UserError(f"output: {output!r}; choose array or pil")
-        if not prompts:
-            raise UserError("prompts: none given; give at least one")
+        rows, n = inputs_lib.collect(self.fields, inputs, count)
         if steps is None:
             steps = self.config.sample.steps
         if guidance_scale is None:
@@ -181,14 +207,18 @@ class LoadedModel:
             self.model,
             self.params,
             self.first_stage,
-            {name: c.prepare(prompts) for name, c in conditioners.items()},
-            count=len(prompts),
+            {
+                name: c.prepare(*(rows[field] for field in c.fields))
+                for name, c in conditioners.items()
+            },
+            count=n,
             steps=steps,
             guidance_scale=guidance_scale,
             seed=seed,
             eta=eta,
             sampler=sampler,
             batch_size=batch_size,
+            noise_level=noise_level,
         )
         images = picture.to_uint8(drawn.images)
         return images if output == "array" else [Image.fromarray(x) for x in images]
@@ -236,51 +266,89 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
     return LoadedModel(config, model, params, first_stage, meta["step"])
 
 
-def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of --prompt and of the lines of --prompts_file."""
-    prompts = list(args.prompt)
-    if args.prompts_file:
-        path = pathlib.Path(args.prompts_file)
-        if not path.is_file():
-            raise UserError(f"--prompts_file: no file {str(path)!r}")
-        prompts += [line.strip() for line in path.read_text().splitlines()]
-    prompts = [prompt for prompt in prompts if prompt]
-    if not prompts:
-        raise UserError("--prompt: none given; write --prompt='strawberry'")
-    return prompts
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command; see --help."""
+def make_parser(fields: Sequence[str]) -> argparse.ArgumentParser:
+    """The command's flags; --help lists the inputs of a model that reads `fields`."""
     parser = argparse.ArgumentParser(
-        prog="python -m ldm_jax.sample", description="Draws pictures from a run."
+        prog="python -m ldm_jax.sample",
+        description="Draws pictures from a run. With --workdir, --help lists the"
+        " inputs that its model takes; each may be repeated, one serves for all.",
     )
     parser.add_argument("--workdir", required=True, help="folder of the training run")
-    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
-    parser.add_argument("--prompts_file", help="a file with one prompt a line")
+    taken = inputs_lib.flags_for(fields)
+    for entry in inputs_lib.INPUTS:
+        text = entry.help if entry in taken else argparse.SUPPRESS
+        parser.add_argument(f"--{entry.flag}", action="append", default=[], help=text)
+    text = "a file with one prompt a line" if "caption" in fields else None
+    parser.add_argument("--prompts_file", help=text or argparse.SUPPRESS)
+    parser.add_argument("--count", type=int, help="how many pictures of one input")
     parser.add_argument("--steps", type=int, help="default: the run's config")
     parser.add_argument("--guidance", type=float, help="default: the run's config")
+    parser.add_argument(
+        "--noise_level", type=int, help="of noise-augmented inputs; default: the config"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eta", type=float, default=0.0, help="0 DDIM … 1 ancestral")
-    parser.add_argument("--sampler", default="ddim")
+    parser.add_argument("--sampler", default="ddim", help=" | ".join(samplers.SAMPLERS))
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument(
         "--out",
         default="samples.png",
-        help="a .png (several prompts make a captioned grid), or a folder for one each",
+        help="a .png (several pictures make a captioned grid), or a folder",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def read_inputs(args: argparse.Namespace, fields: Sequence[str]) -> dict[str, Any]:
+    """{column: rows} of all input flags; UserError for one that the model lacks."""
+    given = {entry.flag: list(getattr(args, entry.flag)) for entry in inputs_lib.INPUTS}
+    if args.prompts_file:
+        path = pathlib.Path(args.prompts_file)
+        if not path.is_file():
+            raise UserError(f"--prompts_file: no file {str(path)!r}")
+        given["prompt"] += [line.strip() for line in path.read_text().splitlines()]
+    given["prompt"] = [prompt for prompt in given["prompt"] if prompt]
+    taken = inputs_lib.flags_for(fields)
+    names = ", ".join(f"--{entry.flag}" for entry in taken) or "no input, --count alone"
+    rows = {}
+    for entry in inputs_lib.INPUTS:
+        if given[entry.flag] and entry not in taken:
+            raise UserError(f"--{entry.flag}: this model takes {names}; leave it out")
+        if not given[entry.flag] and entry in taken:
+            raise UserError(f"--{entry.flag}: none given; this model takes {names}")
+        if entry in taken:
+            rows |= inputs_lib.read(entry, given[entry.flag])
+    return {name: column for name, column in rows.items() if name in fields}
+
+
+def fields_of(workdir: str | None) -> tuple[str, ...]:
+    """What the model of a run reads; nothing where there is no run to ask."""
+    if workdir is None or not workdir_lib.config_path(pathlib.Path(workdir)).is_file():
+        return ()
+    config = workdir_lib.read_config(pathlib.Path(workdir))
+    tokenizer_of = workdir_lib.load_tokenizers(pathlib.Path(workdir), config)
+    return kinds.required_fields(model_lib.build(config, tokenizer_of).conditioners)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command; see --help."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--workdir")
     with config_lib.exit_on_user_error():
         config_lib.setup_logging()
-        prompts = read_prompts(args)
+        fields = fields_of(first.parse_known_args(argv)[0].workdir)
+        args = make_parser(fields).parse_args(argv)
+        workdir_lib.read_config(pathlib.Path(args.workdir))  # says where there is none
+        inputs = read_inputs(args, fields)
         images = load(args.workdir).sample(
-            prompts,
+            inputs=inputs,
+            count=args.count,
             steps=args.steps,
             guidance_scale=args.guidance,
             seed=args.seed,
             eta=args.eta,
             sampler=args.sampler,
             batch_size=args.batch_size,
+            noise_level=args.noise_level,
         )
         out = pathlib.Path(args.out)
         if out.suffix != ".png":
@@ -289,7 +357,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif len(images) == 1:
             picture.save(Image.fromarray(images[0]), out)
         else:
-            picture.save(picture.grid(images, prompts), out)
+            texts = shown.words(inputs, len(images))
+            texts = texts * len(images) if len(texts) == 1 else texts
+            picture.save(picture.grid(images, texts if any(texts) else None), out)
         print(f"{len(images)} pictures in {out}")
 
 

@@ -90,8 +90,8 @@ def test_table_and_plot_of_rows_with_gaps(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_of_two_factors_runs_and_goes_on(tmp_path, capfd):
-    flags = [f"--out={tmp_path}", "--size=debug", "--factors=1,16"]
+def test_a_sweep_runs_and_goes_on(tmp_path, capfd):
+    flags = [f"--out={tmp_path}", "--size=debug", "--factors=16"]
     small = [
         "--config.data.source=synthetic",
         "--config.report.eval_images=8",
@@ -100,10 +100,9 @@ def test_a_sweep_of_two_factors_runs_and_goes_on(tmp_path, capfd):
     f_sweep.main(flags + small)
     assert "Samples/s" in capfd.readouterr().out
     with (tmp_path / "f_sweep.csv").open() as file:
-        pixels, latents = csv.DictReader(file)
-    assert pixels["psnr"] == "" and float(latents["psnr"]) > 3
-    for row in (pixels, latents):
-        assert float(row["samples_per_second"]) > 0
-        assert float(row["sample_random_net_distance"]) > 0
+        (row,) = csv.DictReader(file)
+    assert row["latent"] == "4x4x32" and float(row["psnr"]) > 3
+    assert float(row["samples_per_second"]) > 0
+    assert float(row["sample_random_net_distance"]) > 0
     f_sweep.main(flags + small)
-    assert capfd.readouterr().out.count("finished, kept as it is") == 2
+    assert "f = 16: finished, kept as it is" in capfd.readouterr().out

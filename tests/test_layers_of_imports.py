@@ -35,7 +35,7 @@ def _part(path: pathlib.Path) -> str:
 MAY_IMPORT = {
     "nets": set(),
     "diffusion": {"config"},
-    "conditioning": {"nets", "config"},
+    "conditioning": {"nets", "diffusion", "config"},
     "convert": {"nets", "config"},
     "data": {"config"},
     "config": set(),

@@ -108,7 +108,7 @@ def test_a_long_prompt_warns_with_what_was_cut(loaded):
         (dict(steps=0), "--steps: 0; choose from 1 to 1000"),
         (dict(steps=1001), "--steps: 1001; choose from 1 to 1000"),
         (dict(output="jpg"), "output: 'jpg'; choose array or pil"),
-        (dict(prompts=[]), "prompts: none given"),
+        (dict(prompts=[]), "caption: none given"),
     ],
 )
 def test_wrong_options_are_named(loaded, options, words):

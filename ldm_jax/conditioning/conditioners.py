@@ -1,19 +1,19 @@
-"""From batch fields to a `Conditioning`: which nets, which slots, which null values."""
+"""From batch fields to a `Conditioning`: the one way that every condition goes.
+
+source columns -> `prepare` (host, once) -> rows of the batch -> some rows dropped to
+`null` -> `before` (device, frozen) -> `net` (trained or frozen) -> slots.
+What each kind of condition does at these places stands in kinds.py.
+"""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
-
-from ldm_jax.conditioning import tokenizers
-from ldm_jax.config import UserError, construct, nearest
-from ldm_jax.nets import text_encoder
 
 SLOTS = ("concat", "context", "vector")
 
@@ -25,119 +25,102 @@ class Conditioning:
     concat [b, h, w, c] joins the latent's channels, context [b, n, d] is attended to,
     vector [b, d] or class ids [b] is added to the timestep embedding. The subsets are
     the conditioning keys of LDM and SD2 (none, concat, crossattn, hybrid, adm, …).
+    With `sequential_crossattn` context is a list, one array for each block in turn.
     """
 
     concat: jax.Array | None = None
-    context: jax.Array | None = None
+    context: jax.Array | list[jax.Array] | None = None
     vector: jax.Array | None = None
 
 
-@dataclasses.dataclass(frozen=True)
+class Setting(NamedTuple):
+    """What a condition must fit: the pictures' size, the latent's, its tokenizer."""
+
+    resolution: int
+    latent_shape: tuple[int, int, int]
+    tokenizer: Any = None
+
+
+class Tools(NamedTuple):
+    """What `before` may use besides the values of its own condition.
+
+    encode_image: pictures [b, H, W, 3] in [-1, 1], typed keys [b] -> latents
+        [b, h, w, c] of unit variance, by the run's frozen first stage.
+    keys: one typed key a row, for what is random besides dropping: noise, order.
+    noise_level: of noise-augmented conditions, int32 [b]; None draws it in training
+        and takes the conditioner's own otherwise.
+    training: whether levels are drawn.
+    """
+
+    encode_image: Callable[[jax.Array, jax.Array], jax.Array] | None = None
+    keys: jax.Array | None = None
+    noise_level: jax.Array | None = None
+    training: bool = False
+
+
+class Given(nn.Module):
+    """No net: what comes in goes out."""
+
+    @nn.compact
+    def __call__(self, values, deterministic: bool = True):
+        del deterministic
+        return values
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Conditioner:
-    """One condition: reads source field `field`, fills `slot` through `net`.
+    """One condition: reads the source columns `fields`, fills `slots` through `net`.
 
-    `prepare` turns raw values of the field (captions) into an array [b, …]; `null` is
-    one prepared row that stands for "no condition". Training replaces a row by it with
-    probability `dropout`, which is what classifier-free guidance needs (Ho & Salimans
-    2022).
+    `prepare(*columns)` makes one array [n, …] of raw columns; `before(values, tools)`
+    is what happens to it on the device without a gradient. A net that fills two slots
+    returns a tuple.
+
+    Training drops a row with probability `dropout`, which is what classifier-free
+    guidance needs (Ho & Salimans 2022): its values become `null`, one prepared row that
+    stands for "no condition", or where `drop_output` what the net gives becomes zeros.
+    Guidance drops all rows in its unconditional half, unless `guided` is False: a
+    picture to be completed is part of the task, not of the prompt.
     """
 
-    field: str
-    slot: str
-    net: nn.Module
-    trainable: bool
-    dropout: float
-    prepare: Callable[[Sequence[Any]], np.ndarray]
+    fields: tuple[str, ...]
+    slots: tuple[str, ...]
+    prepare: Callable[..., np.ndarray]
     null: np.ndarray
+    net: nn.Module = Given()
+    trainable: bool = True
+    dropout: float = 0.0
+    drop_output: bool = False
+    guided: bool = True
+    before: Callable[[jax.Array, Tools], Any] | None = None
 
-
-def text(
-    *,
-    field: str,
-    slot: str,
-    trainable: bool,
-    dropout: float,
-    tokenizer: Any,
-    length: int,
-    net: Mapping[str, Any],
-    null: str = "",
-) -> Conditioner:
-    """A caption through a text transformer; `null` is the text of "no caption"."""
-    nets = {
-        "transformer": text_encoder.TextTransformer,
-        "clip": text_encoder.CLIPTextTransformer,
-    }
-    net = {"vocab_size": len(tokenizer), "max_seq_len": length} | dict(net)
-    kind, variant = net.pop("kind"), net.pop("variant", None)
-    if kind not in nets:
-        raise UserError(f"conditioners.*.net.kind: {kind!r}; {nearest(kind, nets)}")
-    if variant is not None:
-        if variant not in text_encoder.VARIANTS:
-            hint = nearest(variant, text_encoder.VARIANTS)
-            raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
-        net |= text_encoder.VARIANTS[variant]
-
-    def prepare(captions: Sequence[str]) -> np.ndarray:
-        return tokenizers.encode(tokenizer, captions, length)
-
-    module = construct("conditioners.*.net", nets[kind], net)
-    return Conditioner(
-        field=field,
-        slot=slot,
-        net=module,
-        trainable=trainable,
-        dropout=dropout,
-        prepare=prepare,
-        null=prepare([null])[0],
-    )
-
-
-CONDITIONERS = {"text": text}
-
-
-def build(
-    sections: ml_collections.ConfigDict, tokenizer_of: Mapping[str, Any]
-) -> dict[str, Conditioner]:
-    """Builds the conditioners that a config lists, {name: Conditioner}.
-
-    `tokenizer_of` gives the tokenizer of every conditioner that reads text.
-    """
-    conditioners = {}
-    for name, section in sections.items():
-        kwargs = section.to_dict()
-        kind = kwargs.pop("kind")
-        if kind not in CONDITIONERS:
-            raise UserError(
-                f"conditioners.{name}.kind: {kind!r}; {nearest(kind, CONDITIONERS)}"
-            )
-        if kwargs["slot"] not in SLOTS:
-            raise UserError(
-                f"conditioners.{name}.slot: {kwargs['slot']!r};"
-                f" {nearest(kwargs['slot'], SLOTS)}"
-            )
-        if kind == "text":
-            kwargs["tokenizer"] = tokenizer_of[name]
-        conditioners[name] = construct(
-            f"conditioners.{name}", CONDITIONERS[kind], kwargs
-        )
-    return conditioners
+    @property
+    def has_params(self) -> bool:
+        """Whether there is anything to train, import or store."""
+        return not isinstance(self.net, Given)
 
 
 def init(conditioners: Mapping[str, Conditioner], key: jax.Array) -> dict[str, Any]:
-    """Draws the params of every conditioner's net, {name: params}."""
-    return {
-        name: conditioner.net.init(
-            jax.random.fold_in(key, index), jnp.asarray(conditioner.null)[None]
-        )["params"]
-        for index, (name, conditioner) in enumerate(sorted(conditioners.items()))
-    }
+    """Draws the params of every conditioner's net that has some, {name: params}."""
+    drawn = {}
+    for index, (name, conditioner) in enumerate(sorted(conditioners.items())):
+        if conditioner.has_params:
+            values = jnp.asarray(conditioner.null)[None]
+            if conditioner.before is not None:
+                values = conditioner.before(values, Tools())
+            net_key = jax.random.fold_in(key, index)
+            drawn[name] = conditioner.net.init(net_key, values)["params"]
+    return drawn
 
 
-def drop(values: jax.Array, null: np.ndarray, rate: float, key: jax.Array) -> jax.Array:
-    """Replaces each row of `values` [b, …] by `null` with probability `rate`."""
-    dropped = jax.random.bernoulli(key, rate, values.shape[:1])
-    dropped = dropped.reshape(dropped.shape + (1,) * (values.ndim - 1))
-    return jnp.where(dropped, jnp.asarray(null)[None], values)
+def draw_dropped(
+    conditioners: Mapping[str, Conditioner], b: int, key: jax.Array
+) -> dict[str, jax.Array]:
+    """Which rows a training step drops, {name: bool [b]}, each on its own."""
+    dropped = {}
+    for index, (name, conditioner) in enumerate(sorted(conditioners.items())):
+        row_key, _ = jax.random.split(jax.random.fold_in(key, index))
+        dropped[name] = jax.random.bernoulli(row_key, conditioner.dropout, [b])
+    return dropped
 
 
 def encode(
@@ -145,39 +128,81 @@ def encode(
     params: Mapping[str, Any],
     batch: Mapping[str, jax.Array],
     key: jax.Array | None = None,
+    tools: Tools = Tools(),  # noqa: B008  a tuple of constants
+    dropped: Mapping[str, jax.Array] | None = None,
+    sequential: bool = False,
 ) -> Conditioning:
-    """Encodes `batch[name]` of every conditioner; with a key, rows drop to null.
+    """Encodes `batch[name]` of every conditioner; a key means training.
 
-    Several conditioners of one slot are joined: contexts along tokens, the others
-    along channels.
+    Then rows are dropped, unless `dropped` {name: bool [b]} says which, and the nets'
+    own dropout is on. Several conditioners of one slot are joined in the order of their
+    names: contexts along tokens, or if `sequential` kept apart; the others along
+    channels.
     """
+    if key is not None and dropped is None and conditioners:
+        b = len(next(iter(batch[name] for name in conditioners)))
+        dropped = draw_dropped(conditioners, b, key)
     slots: dict[str, list[jax.Array]] = {}
     for index, (name, conditioner) in enumerate(sorted(conditioners.items())):
         values, rngs = batch[name], None
+        gone = None if dropped is None else dropped.get(name)
+        if gone is not None and not conditioner.drop_output:
+            values = drop(values, conditioner.null, gone)
+        if conditioner.before is not None:
+            values = jax.lax.stop_gradient(conditioner.before(values, tools))
         if key is not None:
-            drop_key, net_key = jax.random.split(jax.random.fold_in(key, index))
-            values = drop(values, conditioner.null, conditioner.dropout, drop_key)
+            _, net_key = jax.random.split(jax.random.fold_in(key, index))
             rngs = {"dropout": net_key}
-        variables = {"params": params[name]}
         out = conditioner.net.apply(
-            variables, values, deterministic=key is None, rngs=rngs
+            {"params": params.get(name, {})},
+            values,
+            deterministic=key is None,
+            rngs=rngs,
         )
-        slots.setdefault(conditioner.slot, []).append(out)
-    joined = {
+        outs = out if isinstance(out, tuple) else (out,)
+        for slot, part in zip(conditioner.slots, outs, strict=True):
+            if gone is not None and conditioner.drop_output:
+                part = drop(part, np.zeros(part.shape[1:], part.dtype), gone)
+            slots.setdefault(slot, []).append(part)
+    joined: dict[str, Any] = {
         slot: jnp.concatenate(parts, axis=1 if slot == "context" else -1)
         for slot, parts in slots.items()
+        if not (sequential and slot == "context") and parts[0].ndim > 1
     }
+    # Class ids are one number a row, and can't be joined with anything.
+    joined |= {slot: p[0] for slot, p in slots.items() if p[0].ndim == 1}
+    if sequential and "context" in slots:
+        joined["context"] = slots["context"]
     return Conditioning(**joined)
 
 
+def drop(values: jax.Array, null: np.ndarray, dropped: jax.Array) -> jax.Array:
+    """`values` [b, …] with `null` […] in the rows that are `dropped` [b]."""
+    where = dropped.reshape(dropped.shape + (1,) * (values.ndim - 1))
+    return jnp.where(where, jnp.asarray(null)[None], values)
+
+
 def encode_null(
-    conditioners: Mapping[str, Conditioner], params: Mapping[str, Any], batch_size: int
+    conditioners: Mapping[str, Conditioner],
+    params: Mapping[str, Any],
+    batch: Mapping[str, jax.Array],
+    tools: Tools = Tools(),  # noqa: B008  a tuple of constants
+    sequential: bool = False,
 ) -> Conditioning:
-    """The `Conditioning` of `batch_size` rows without any condition."""
-    batch = {
-        name: jnp.broadcast_to(
-            jnp.asarray(conditioner.null), (batch_size, *conditioner.null.shape)
-        )
+    """The `Conditioning` of guidance's other half: `batch` without what guides it."""
+    dropped = {
+        name: jnp.ones(len(batch[name]), bool)
+        for name, conditioner in conditioners.items()
+        if conditioner.guided
+    }
+    return encode(
+        conditioners, params, batch, None, tools, dropped, sequential=sequential
+    )
+
+
+def null_rows(conditioners: Mapping[str, Conditioner], b: int) -> dict[str, np.ndarray]:
+    """`b` prepared rows of no condition, {name: [b, …]}."""
+    return {
+        name: np.broadcast_to(conditioner.null, (b, *conditioner.null.shape))
         for name, conditioner in conditioners.items()
     }
-    return encode(conditioners, params, batch)

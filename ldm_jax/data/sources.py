@@ -67,13 +67,18 @@ def load(name: str, split: str, **kwargs) -> Source:
 
 def load_splits(data: Mapping, resolution: int) -> tuple[Source, Source]:
     """The training and held-out sources of a config's `data` section."""
+    from ldm_jax.data import derive
+
     options = dict(data["options"])
     if data["source"] in SOURCES:
         takes = inspect.signature(SOURCES[data["source"]]).parameters
         if "resolution" in takes:
             options["resolution"] = resolution
-    train = load(data["source"], data["train_split"], **options)
-    return train, load(data["source"], data["heldout_split"], **options)
+    splits = []
+    for split in (data["train_split"], data["heldout_split"]):
+        source = load(data["source"], split, **options)
+        splits.append(derive.add(source, data.get("derive", {}), split, data["ops"]))
+    return splits[0], splits[1]
 
 
 def openmoji(split: str, *, resolution: int = 64, data_dir: str | None = None):
@@ -91,6 +96,22 @@ def openmoji(split: str, *, resolution: int = 64, data_dir: str | None = None):
     return Source(
         {name: column[order] for name, column in columns.items()}, dataset.ATTRIBUTION
     )
+
+
+def openmoji_scenes(
+    split: str, *, resolution: int = 64, count: int = 4096, objects=(1, 4)
+) -> Source:
+    """Several emoji on one canvas, with captions, boxes, maps of classes and depth.
+
+    Splits `train` and `compositional`; see `ldm_jax.data.openmoji_scenes`. `objects`
+    are the fewest and the most of a scene. The held-out split has an eighth of `count`.
+    """
+    from ldm_jax.data import openmoji_scenes as dataset
+
+    if split == dataset.SPLITS[1]:
+        count = max(count // 8, 1)
+    columns = dataset.columns(split, resolution, count, objects)
+    return Source(columns, dataset.openmoji.ATTRIBUTION)
 
 
 def folder(split: str, *, path: str, heldout_percent: int = 5) -> Source:
@@ -278,6 +299,7 @@ def _percentile(name: str) -> float:
 
 SOURCES = {
     "openmoji": openmoji,
+    "openmoji_scenes": openmoji_scenes,
     "folder": folder,
     "tfds": tfds,
     "synthetic": synthetic,

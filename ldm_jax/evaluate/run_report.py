@@ -1,4 +1,4 @@
-"""The report on a finished run: reconstructions, caption retrieval, a picture grid."""
+"""The report on a finished run: reconstructions, samples found again, a sheet."""
 
 import json
 import pathlib
@@ -9,11 +9,13 @@ import flax.linen as nn
 import jax
 import ml_collections
 import numpy as np
+from PIL import Image
 
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import model as model_lib
-from ldm_jax import picture, sample
+from ldm_jax import picture, sample, shown
 from ldm_jax import workdir as workdir_lib
+from ldm_jax.conditioning import kinds
 from ldm_jax.data import pipeline, sources
 from ldm_jax.evaluate import frechet, metrics
 from ldm_jax.nets import autoencoder, lpips, quantize
@@ -117,23 +119,46 @@ def spread(source: sources.Source, count: int) -> sources.Source:
     )
 
 
-def retrieval(
-    loaded: sample.LoadedModel, source: sources.Source, count: int
-) -> tuple[dict[str, float], np.ndarray, list[str]]:
-    """Draws `count` captions of a source and finds each among the true pictures.
-
-    Returns the scores, the pictures and the captions. Chance is 1/count for top-1.
-    """
-    chosen = spread(source, count)
-    captions = chosen.fields["caption"].tolist()
-    drawn = loaded.sample(captions)
-    ranks = metrics.retrieval_ranks(drawn, images(chosen, loaded.config.data.ops))
-    scores = {
-        "top1": float(np.mean(ranks < 1)),
-        "top5": float(np.mean(ranks < 5)),
-        "captions": len(captions),
+def raw_conditions(
+    model: model_lib.LatentDiffusion, source: sources.Source, ops: Any
+) -> dict[str, Any]:
+    """The columns that a model's conditions read; pictures as the nets see them."""
+    return {
+        name: images(source, ops) if name == "image" else source.fields[name]
+        for name in kinds.required_fields(model.conditioners)
     }
-    return scores, drawn, captions
+
+
+def sampling(
+    loaded: sample.LoadedModel, source: sources.Source, count: int
+) -> tuple[dict[str, float], Image.Image]:
+    """Draws a picture for each of `count` examples' conditions; scores and a sheet.
+
+    Each is looked for among the true pictures (chance is 1/count for top-1); where the
+    condition is a picture too, PSNR says how near it came. Of an unconditional model
+    the distance between the two sets is all that can be told.
+    """
+    chosen, ops = spread(source, count), loaded.config.data.ops
+    conditions = raw_conditions(loaded.model, chosen, ops)
+    n = len(chosen)
+    drawn = loaded.sample(inputs=conditions, count=None if conditions else n)
+    true = images(chosen, ops)
+    if conditions:
+        ranks = metrics.retrieval_ranks(drawn, true)
+        scores = {f"top{k}": float(np.mean(ranks < k)) for k in (1, 5)}
+    else:
+        scores = distances(true, drawn, {})
+    if any("concat" in c.slots for c in loaded.model.conditioners.values()):
+        scores["psnr"] = float(np.mean(metrics.psnr(true, drawn)))
+    scores["captions" if set(conditions) == {"caption"} else "images"] = n
+
+    texts, side = shown.words(conditions, n), drawn.shape[1]
+    condition = shown.picture(conditions, side)
+    if condition is None:
+        return scores, picture.grid(drawn[:32], texts[:32] if any(texts) else None)
+    triples = np.stack([condition, drawn, true], axis=1)[:12]
+    texts = [word for text in texts[:12] for word in (text, "drawn", "true")]
+    return scores, picture.grid(triples.reshape(-1, side, side, 3), texts, columns=6)
 
 
 def evaluate(
@@ -155,18 +180,18 @@ def evaluate(
             settings.eval_images,
             weights,
         )
-    if "diffusion" not in config.stages or "caption" not in train_source.fields:
+    if "diffusion" not in config.stages:
         return scores
     loaded = sample.load(workdir)
     for name, source in (("training", train_source), ("held-out", heldout_source)):
         count = min(settings.retrieval_captions, len(source))
-        found, drawn, captions = retrieval(loaded, source, count)
-        scores[f"retrieval, {name} captions"] = found
+        found, sheet = sampling(loaded, source, count)
+        captions = set(loaded.fields) == {"caption"}
+        row = f"retrieval, {name} captions" if captions else f"samples, {name}"
+        scores[row] = found
         if jax.process_index() == 0:
-            picture.save(
-                picture.grid(drawn[:32], captions[:32]),
-                workdir / "pictures" / f"samples_{name.replace('-', '')}.png",
-            )
+            path = workdir / "pictures" / f"samples_{name.replace('-', '')}.png"
+            picture.save(sheet, path)
     return scores
 
 

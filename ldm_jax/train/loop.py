@@ -128,14 +128,13 @@ def check_pictures(
             )
 
 
-def check_fields(config: ml_collections.ConfigDict, source: sources.Source) -> None:
-    """Every conditioner must find its field in the data."""
-    for name, section in config.conditioners.items():
-        if section.field not in source.fields:
-            raise UserError(
-                f"conditioners.{name}.field: {section.field!r} is not in the data,"
-                f" which has {', '.join(source.fields)}"
-            )
+def check_field(name: str, field: str, source: sources.Source) -> None:
+    """A conditioner must find what it reads in the data."""
+    if field not in source.fields:
+        raise UserError(
+            f"conditioners.{name}.field: {field!r} is not in the data, which has"
+            f" {', '.join(source.fields)}"
+        )
 
 
 def make_tokenizers(
@@ -152,6 +151,7 @@ def make_tokenizers(
         if stored.exists():
             made[name] = tokenizers.load(stored)
         elif section.tokenizer.train_vocab_size:
+            check_field(name, section.field, source)
             made[name] = tokenizers.train_wordpiece(
                 source.fields[section.field].tolist(),
                 section.tokenizer.train_vocab_size,
@@ -420,8 +420,6 @@ def train(
     train_source, heldout_source = sources.load_splits(config.data, config.resolution)
     net = model_lib.build_autoencoder(config)
     check_pictures(config, net, train_source)
-    for source in (train_source, heldout_source):
-        check_fields(config, source)
     report.say(
         f"data {config.data.source}: {len(train_source)} pictures to train on,"
         f" {len(heldout_source)} held out, {config.resolution} pixels"
@@ -430,6 +428,10 @@ def train(
     model, frozen = None, {}
     if "diffusion" in config.stages:
         model = model_lib.build(config, tokenizer_of)
+        for name, conditioner in model.conditioners.items():
+            for field in conditioner.fields:
+                check_field(name, field, train_source)
+                check_field(name, field, heldout_source)
         step_diffusion.check_weights(model)
     finished = checkpoint.Checkpoints(workdir / "autoencoder").finished()
     taken = handover.is_taken(config)

@@ -1,5 +1,6 @@
 """Stage two: the denoising net and its trained conditioners, in the latent space."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -9,19 +10,22 @@ import numpy as np
 
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import model as model_lib
-from ldm_jax import sample
+from ldm_jax import sample, shown
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.data import pipeline, sources
 from ldm_jax.diffusion import objective
+from ldm_jax.evaluate import run_report
 from ldm_jax.train import optim
 from ldm_jax.train import stage as stage_lib
 from ldm_jax.train import state as train_state
 
 NAME = "diffusion"
 
+PANEL = 8  # pictures
+
 # Purposes of a step's key.
-LATENT, CONDITION, NOISE, DROPOUT = range(4)
+LATENT, CONDITION, NOISE, DROPOUT, TOOLS = range(5)
 
 
 def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDict):
@@ -33,7 +37,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
     settings = section.loss
 
     def loss(params, frozen, batch, key, deterministic=False):
-        keys = [jax.random.fold_in(key, purpose) for purpose in range(4)]
+        keys = [jax.random.fold_in(key, purpose) for purpose in range(5)]
         first_stage = frozen["first_stage"]
         if "moments" in batch:
             moments = batch["moments"]
@@ -44,11 +48,19 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
         z = first_stage_lib.sample_moments(
             model.autoencoder, first_stage, moments, keys[LATENT]
         )
+        tools = model_lib.make_tools(
+            model,
+            first_stage,
+            jax.random.split(keys[TOOLS], len(z)),
+            training=not deterministic,
+        )
         cond = conditioning.encode(
             model.conditioners,
             params["conditioners"],
             batch,
-            key=None if deterministic else keys[CONDITION],
+            None if deterministic else keys[CONDITION],
+            tools,
+            sequential=model.unet.sequential_crossattn,
         )
 
         def apply(z_t, t, cond):
@@ -77,7 +89,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
 def check_weights(model: model_lib.LatentDiffusion) -> None:
     """A conditioner that is not trained needs weights from somewhere."""
     for name, conditioner in model.conditioners.items():
-        if not conditioner.trainable:
+        if conditioner.has_params and not conditioner.trainable:
             raise UserError(
                 f"conditioners.{name}.trainable: False, but a frozen net needs"
                 " pretrained weights, which this version can't import yet; set it to"
@@ -86,11 +98,11 @@ def check_weights(model: model_lib.LatentDiffusion) -> None:
 
 
 def prepare_fields(
-    model: model_lib.LatentDiffusion, source: sources.Source
+    model: model_lib.LatentDiffusion, fields: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
-    """One array per conditioner, made from the source field that it reads."""
+    """One prepared array per conditioner, of the columns that it reads."""
     return {
-        name: conditioner.prepare(source.fields[conditioner.field].tolist())
+        name: conditioner.prepare(*(fields[field] for field in conditioner.fields))
         for name, conditioner in model.conditioners.items()
     }
 
@@ -112,16 +124,15 @@ def encode_source(
     return np.concatenate(rows)
 
 
-def panel_prompts(
-    config: ml_collections.ConfigDict, source: sources.Source
-) -> list[str]:
-    """Captions of the pictures that training shows: `report.prompts`, or eight."""
-    if config.report.prompts:
-        return list(config.report.prompts)
-    if "caption" not in source.fields:
-        return [""] * 8
-    every = max(len(source) // 8, 1)
-    return source.fields["caption"][::every][:8].tolist()
+def panel_rows(
+    config: ml_collections.ConfigDict, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Raw conditions of the panels: `report.prompts`, or eight rows of the data."""
+    if config.report.prompts and set(fields) == {"caption"}:
+        return {"caption": list(config.report.prompts)}
+    n = len(next(iter(fields.values()), ()))
+    chosen = np.arange(0, n, max(n // PANEL, 1))[:PANEL]
+    return {name: column[chosen] for name, column in fields.items()}
 
 
 def make_stage(
@@ -151,29 +162,36 @@ def make_stage(
     def evaluate(params, frozen, batch, key):
         return loss(params, frozen, batch, key, deterministic=True)[1]
 
-    prompts = panel_prompts(config, train_source)
     prepared = []
     for source in (train_source, heldout_source):
-        fields = prepare_fields(model, source)
+        raw = run_report.raw_conditions(model, source, ops)
+        fields = prepare_fields(model, raw)
         if section.cache_latents:
             fields["moments"] = encode_source(model, first_stage, source, ops)
         else:
             fields["image"] = source.fields["image"]
         prepared.append(sources.Source(fields, source.attribution))
+        if source is train_source:
+            shown_fields = panel_rows(config, raw)
 
     def panels(params, frozen):
         drawn = sample.draw(
             model,
             params,
             frozen["first_stage"],
-            {name: c.prepare(prompts) for name, c in model.conditioners.items()},
+            prepare_fields(model, shown_fields),
+            count=PANEL,
             steps=config.sample.steps,
             guidance_scale=config.sample.guidance_scale,
             trajectory=True,
         )
         row = drawn.trajectory[0]
         every = max(len(row) // 8, 1)
-        return {"samples": drawn.images, "denoising": row[::-every][:8][::-1]}
+        panel = {"samples": drawn.images, "denoising": row[::-every][:8][::-1]}
+        condition = shown.picture(shown_fields, config.resolution)
+        if condition is not None:
+            panel["condition"] = condition / 127.5 - 1.0
+        return panel
 
     return stage_lib.Stage(
         name=NAME,

@@ -53,7 +53,7 @@ def test_a_dropped_caption_becomes_the_null_caption(setup):
         model.conditioners, params["conditioners"], batch
     ).context
     null = conditioning.encode_null(
-        model.conditioners, params["conditioners"], 1
+        model.conditioners, params["conditioners"], batch
     ).context[0]
     is_null = np.array([np.allclose(row, null, atol=1e-5) for row in context])
     is_kept = np.array(
@@ -65,13 +65,13 @@ def test_a_dropped_caption_becomes_the_null_caption(setup):
 
 @pytest.mark.parametrize("rate", [0.0, 1.0])
 def test_dropout_rates_at_the_ends(setup, rate):
-    _, model, _, params = setup
-    batch = _batch(model)
-    ids = model.conditioners["text"]
-    out = conditioning.drop(
-        jnp.asarray(batch["text"]), ids.null, rate, jax.random.key(0)
-    )
-    expected = batch["text"] if rate == 0 else np.stack([ids.null] * 4)
+    _, model, _, _ = setup
+    values = _batch(model)["text"]
+    conditioners = _with_dropout(model.conditioners, rate)
+    dropped = conditioning.draw_dropped(conditioners, 4, jax.random.key(0))
+    null = model.conditioners["text"].null
+    out = conditioning.drop(jnp.asarray(values), null, dropped["text"])
+    expected = values if rate == 0 else np.stack([null] * 4)
     np.testing.assert_array_equal(out, expected)
 
 
@@ -150,7 +150,7 @@ def test_everything_that_is_trained_gets_a_gradient(setup):
 def test_prepared_fields_are_one_row_a_caption(setup):
     _, model, _, _ = setup
     source = sources.load("synthetic", "train", resolution=16, count=5)
-    fields = step_diffusion.prepare_fields(model, source)
+    fields = step_diffusion.prepare_fields(model, source.fields)
     assert fields["text"].shape == (5, *model.conditioners["text"].null.shape)
     assert fields["text"].dtype == np.int32
 
@@ -162,11 +162,15 @@ def test_a_frozen_conditioner_without_weights_is_refused(setup):
         step_diffusion.check_weights(frozen)
 
 
-def test_panel_prompts_come_from_the_data_unless_given(setup):
-    config, _, _, _ = setup
-    source = sources.load("synthetic", "train", resolution=16, count=40)
-    assert step_diffusion.panel_prompts(config, source) == list(
-        source.fields["caption"][:40:5]
-    )
-    given = runs.debug("report.prompts=('a','b')")
-    assert step_diffusion.panel_prompts(given, source) == ["a", "b"]
+def test_panels_show_the_data_unless_prompts_are_given(setup):
+    config, *_ = setup
+    source = sources.load("synthetic", "train", resolution=16, count=16)
+    fields = {"caption": source.fields["caption"]}
+    shown = step_diffusion.panel_rows(config, fields)
+    assert list(shown["caption"]) == list(fields["caption"][::2])
+    given = runs.debug("report.prompts=('a', 'b')")
+    assert step_diffusion.panel_rows(given, fields) == {"caption": ["a", "b"]}
+    # Prompts alone can't stand for a picture to be completed.
+    pictures = fields | {"image": source.fields["image"]}
+    assert len(step_diffusion.panel_rows(given, pictures)["image"]) == 8
+    assert step_diffusion.panel_rows(config, {}) == {}

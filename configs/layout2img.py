@@ -1,0 +1,60 @@
+"""Pictures from boxes: a layout's tokens through a transformer, as context.
+
+    python -m ldm_jax.train --config=configs/layout2img.py --workdir=runs/layout
+
+trains on composed OpenMoji scenes in minutes on 2 CPU cores. `openimages256` is the
+paper's model; it has not been trained here yet.
+"""
+
+from ml_collections import ConfigDict
+
+from ldm_jax import config as ldm_config
+from ldm_jax import defaults
+
+
+def layout(num_classes: int, max_objects: int, dim: int, depth: int) -> ConfigDict:
+    """Three tokens an object: class, upper left and lower right corner."""
+    return ConfigDict(
+        dict(
+            kind="layout",
+            num_classes=num_classes,
+            max_objects=max_objects,
+            net=dict(dim=dim, depth=depth),
+        )
+    )
+
+
+def openmoji() -> ConfigDict:
+    """Scenes of one to three emoji at 32 pixels, by group and box."""
+    config = defaults.scenes()
+    config.conditioners.layout = layout(21, max_objects=6, dim=128, depth=2)
+    config.unet = defaults.emoji_unet(context_dim=128)
+    return config
+
+
+def debug() -> ConfigDict:
+    """Two steps of everything, tiny, in under a minute."""
+    config = openmoji()
+    config.conditioners.layout.net.dim = config.unet.context_dim = 32
+    return defaults.debug(config)
+
+
+def openimages256() -> ConfigDict:
+    """OpenImages, vq-f4, 246.28M UNet, 30 objects through 16 layers, l1."""
+    config = defaults.both_stages()
+    config.autoencoder = ConfigDict(dict(variant="vq_f4"))
+    config.conditioners.layout = layout(601, max_objects=30, dim=512, depth=16)
+    config.unet = ConfigDict(dict(variant="layout2img"))
+    config.diffusion.update(dict(linear_start=0.0015, linear_end=0.0205))
+    config.diffusion_stage.batch_size = 24
+    config.diffusion_stage.loss.loss_type = "l1"
+    config.diffusion_stage.optim.learning_rate = 4.8e-5
+    return config
+
+
+PRESETS = {"openmoji": openmoji, "debug": debug, "openimages256": openimages256}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """Resolves "preset,key=value,…"; the first preset is the default."""
+    return ldm_config.get_preset(PRESETS, arg)

@@ -1,0 +1,234 @@
+"""The kinds of condition that a config may list; the torch class zoo as configs.
+
+Each builder takes the run's `Setting` and the keys of its config section, and gives a
+`Conditioner`. KINDS at the foot names them. Column names are those of data/sources.py.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+
+from ldm_jax.conditioning import layout as layout_tokens
+from ldm_jax.conditioning import pictures, tokenizers
+from ldm_jax.conditioning.conditioners import (
+    SLOTS,
+    Conditioner,
+    Given,
+    Setting,
+    Tools,
+)
+from ldm_jax.config import UserError, construct, nearest
+from ldm_jax.nets import embedders, text_encoder
+
+RESERVED = ("image", "moments")  # names of other columns of a batch
+
+
+def text(
+    setting: Setting,
+    *,
+    length: int,
+    net: Mapping[str, Any],
+    field: str = "caption",
+    slot: str = "context",
+    trainable: bool = True,
+    dropout: float = 0.1,
+    null: str = "",
+) -> Conditioner:
+    """A caption through a text transformer; `null` is the text of "no caption"."""
+    tokenizer = setting.tokenizer
+    nets = {
+        "transformer": text_encoder.TextTransformer,
+        "clip": text_encoder.CLIPTextTransformer,
+    }
+    net = {"vocab_size": len(tokenizer), "max_seq_len": length} | dict(net)
+    kind, variant = net.pop("kind"), net.pop("variant", None)
+    if kind not in nets:
+        raise UserError(f"conditioners.*.net.kind: {kind!r}; {nearest(kind, nets)}")
+    if variant is not None:
+        if variant not in text_encoder.VARIANTS:
+            hint = nearest(variant, text_encoder.VARIANTS)
+            raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
+        net |= text_encoder.VARIANTS[variant]
+
+    def prepare(captions: Sequence[str]) -> np.ndarray:
+        return tokenizers.encode(tokenizer, list(captions), length)
+
+    return Conditioner(
+        fields=(field,),
+        slots=(slot,),
+        prepare=prepare,
+        null=prepare([null])[0],
+        net=construct("conditioners.*.net", nets[kind], net),
+        trainable=trainable,
+        dropout=dropout,
+    )
+
+
+def class_label(
+    setting: Setting,
+    *,
+    num_classes: int,
+    dim: int | None = None,
+    field: str = "label",
+    slot: str = "context",
+    dropout: float = 0.1,
+    null_class: bool = True,
+) -> Conditioner:
+    """A class number: one token [b, 1, dim] of context, or as vector the UNet's own.
+
+    `null_class` adds one class more, of number `num_classes`, for "no class"
+    (`ClassEmbedder` of LDM and SD2; cin256-v2 has 1,000 + 1).
+    """
+    del setting
+    if slot == "context" and dim is None:
+        raise UserError("conditioners.*.dim: None; a class as context needs a width")
+
+    def prepare(labels: Sequence[int]) -> np.ndarray:
+        ids = np.asarray(labels)
+        wrong = ids[(ids < 0) | (ids >= num_classes)] if ids.dtype.kind in "iu" else ids
+        if wrong.size:
+            raise UserError(
+                f"{field}: {wrong.flat[0]} is no class; choose from 0 to"
+                f" {num_classes - 1}"
+            )
+        return ids.astype(np.int32)
+
+    rows = num_classes + null_class
+    net = Given() if slot == "vector" else embedders.ClassEmbedder(rows, dim)
+    return Conditioner(
+        fields=(field,),
+        slots=(slot,),
+        prepare=prepare,
+        null=np.asarray(num_classes if null_class else 0, np.int32),
+        net=net,
+        dropout=dropout,
+        guided=null_class,
+    )
+
+
+def layout(
+    setting: Setting,
+    *,
+    net: Mapping[str, Any],
+    num_classes: int,
+    max_objects: int = 30,
+    slot: str = "context",
+    dropout: float = 0.1,
+) -> Conditioner:
+    """Boxes with categories as tokens through a transformer (Layout2ImgDiffusion).
+
+    The order of objects means nothing, so training draws a new one for every row.
+    """
+    del setting
+
+    def prepare(boxes: Any, categories: Any) -> np.ndarray:
+        layout_tokens.check(boxes, categories, num_classes)
+        return layout_tokens.encode(
+            layout_tokens.from_corners(boxes),
+            categories,
+            num_classes=num_classes,
+            max_objects=max_objects,
+        )
+
+    null = prepare(np.zeros((1, 1, 4)), np.full((1, 1), -1))[0]
+
+    def before(tokens: jax.Array, tools: Tools) -> jax.Array:
+        if not tools.training:
+            return tokens
+        objects = tokens[:, : 3 * max_objects].reshape(-1, max_objects, 3)
+        objects = jax.vmap(jax.random.permutation)(tools.keys, objects)
+        crop = tokens[:, 3 * max_objects :]
+        return jnp.concatenate([objects.reshape(len(tokens), -1), crop], axis=1)
+
+    options = dict(vocab_size=layout_tokens.NUM_TOKENS, max_seq_len=len(null))
+    options |= dict(net)
+    return Conditioner(
+        fields=("boxes", "categories"),
+        slots=(slot,),
+        prepare=prepare,
+        null=null,
+        net=construct("conditioners.*.net", text_encoder.TextTransformer, options),
+        dropout=dropout,
+        before=before,
+    )
+
+
+def neighbours(
+    setting: Setting, *, dim: int, field: str = "neighbours", dropout: float = 0.1
+) -> Conditioner:
+    """Embeddings of similar pictures as context [b, k, dim] (RDM, §6.6); null is 0."""
+    del setting
+
+    def prepare(values: Any) -> np.ndarray:
+        rows = np.asarray(values, np.float32)
+        if rows.ndim != 3 or rows.shape[-1] != dim:
+            raise UserError(
+                f"{field}: {list(rows.shape)}; give embeddings [n, k, {dim}]"
+            )
+        return rows
+
+    return Conditioner(
+        fields=(field,),
+        slots=("context",),
+        prepare=prepare,
+        null=np.zeros((1, dim), np.float32),
+        dropout=dropout,
+        drop_output=True,
+    )
+
+
+# What `kind` of a section in config.conditioners may name.
+KINDS: dict[str, Callable[..., Conditioner]] = {
+    "text": text,
+    "class": class_label,
+    "layout": layout,
+    "semantic": pictures.semantic,
+    "low_res": pictures.low_res,
+    "noisy_low_res": pictures.noisy_low_res,
+    "inpainting": pictures.inpainting,
+    "depth": pictures.depth,
+    "image_embedding": pictures.image_embedding,
+    "neighbours": neighbours,
+}
+
+
+def build(
+    sections: ml_collections.ConfigDict,
+    resolution: int,
+    latent_shape: tuple[int, int, int],
+    tokenizer_of: Mapping[str, Any],
+) -> dict[str, Conditioner]:
+    """Builds the conditioners that a config lists, {name: Conditioner}.
+
+    `tokenizer_of` gives the tokenizer of every conditioner that reads text.
+    """
+    conditioners = {}
+    for name, section in sections.items():
+        kwargs = section.to_dict()
+        if name in RESERVED:
+            raise UserError(f"conditioners.{name}: the name is taken; choose another")
+        kind, slot = kwargs.pop("kind"), kwargs.get("slot", SLOTS[0])
+        if kind not in KINDS:
+            raise UserError(
+                f"conditioners.{name}.kind: {kind!r}; {nearest(kind, KINDS)}"
+            )
+        if slot not in SLOTS:
+            raise UserError(
+                f"conditioners.{name}.slot: {slot!r}; {nearest(slot, SLOTS)}"
+            )
+        kwargs.pop("tokenizer", None)
+        setting = Setting(resolution, latent_shape, tokenizer_of.get(name))
+        conditioners[name] = construct(
+            f"conditioners.{name}", functools.partial(KINDS[kind], setting), kwargs
+        )
+    return conditioners
+
+
+def required_fields(conditioners: Mapping[str, Conditioner]) -> tuple[str, ...]:
+    """The source columns that a model's conditions read, each once."""
+    return tuple(dict.fromkeys(f for c in conditioners.values() for f in c.fields))

@@ -1,0 +1,47 @@
+"""Small conditioning nets: a class as a token, a map brought to the latent's size."""
+
+import flax.linen as nn
+import jax
+
+from ldm_jax.nets import layers, resize
+
+
+class ClassEmbedder(nn.Module):
+    """Class ids [b] -> one token each, [b, 1, dim] (`ClassEmbedder`)."""
+
+    num_classes: int
+    dim: int
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, deterministic: bool = True) -> jax.Array:
+        del deterministic
+        # torch's nn.Embedding starts at unit variance.
+        init = nn.initializers.normal(1.0)
+        table = nn.Embed(self.num_classes, self.dim, embedding_init=init, name="embed")
+        return table(ids)[:, None, :]
+
+
+class SpatialRescaler(nn.Module):
+    """Maps [b, h, w, c] resized `n_stages` times by `multiplier` (`SpatialRescaler`).
+
+    `out_channels` adds a 1x1 convolution, the channel mapper.
+    """
+
+    n_stages: int = 1
+    method: str = "bilinear"
+    multiplier: float = 0.5
+    out_channels: int | None = None
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        del deterministic
+        for _ in range(self.n_stages):
+            h, w = (int(side * self.multiplier) for side in x.shape[1:3])
+            x = resize.resize(x, (h, w), self.method)
+        if self.out_channels is not None:
+            mapper = layers.Dense(
+                self.out_channels, use_bias=self.bias, name="channel_mapper"
+            )
+            x = mapper(x)
+        return x

@@ -1,0 +1,157 @@
+"""Composed scenes: what is said of them is so, and the splits share no combination."""
+
+import numpy as np
+import pytest
+
+from ldm_jax.config import UserError
+from ldm_jax.data import degrade, masks, openmoji_scenes, sources
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return openmoji_scenes.columns("train", 64, 60)
+
+
+def test_a_scene_is_the_same_whatever_came_before(scenes):
+    again = openmoji_scenes.scene("train", 41, 64)
+    for name, value in again.items():
+        np.testing.assert_array_equal(value, scenes[name][41])
+    other = openmoji_scenes.scene("compositional", 41, 64)
+    assert other["caption"] != again["caption"]
+
+
+def test_the_fields_agree(scenes):
+    for i in range(60):
+        there = scenes["categories"][i] >= 0
+        assert 1 <= there.sum() <= openmoji_scenes.MAX_OBJECTS
+        assert not scenes["boxes"][i][~there].any()
+        segmentation, depth = scenes["segmentation"][i], scenes["depth"][i]
+        np.testing.assert_array_equal(segmentation > 0, depth > 0)
+        assert set(np.unique(segmentation)) - {0} <= set(
+            scenes["categories"][i][there] + 1
+        )
+        assert depth.max() == 1.0  # the nearest hides the others
+        nearest = np.argwhere(depth == 1.0)
+        (top, left), (bottom, right) = nearest.min(axis=0), nearest.max(axis=0) + 1
+        x0, y0, x1, y1 = scenes["boxes"][i][there][-1] * 64
+        # A box is around all that shows, the map around what shows clearly.
+        assert x0 <= left and y0 <= top and right <= x1 and bottom <= y1
+        assert right - left > 0.5 * (x1 - x0) and bottom - top > 0.5 * (y1 - y0)
+
+
+def test_captions_count_and_name_the_ground(scenes):
+    numbers = {"a": 1, "an": 1, "two": 2, "three": 3}
+    for caption, categories, image, map_ in zip(
+        *(scenes[k] for k in ("caption", "categories", "image", "segmentation")),
+        strict=True,
+    ):
+        words = caption.removesuffix(" background").split()
+        ground, things = words[-1], " ".join(words[:-3])
+        for relation in openmoji_scenes.RELATIONS:
+            things = things.replace(f" {relation} ", "|")
+        said = sum(numbers[part.split()[0]] for part in things.split("|"))
+        assert said == (categories >= 0).sum(), caption
+        expected = openmoji_scenes.BACKGROUNDS[ground]
+        bare = image[map_ == 0]
+        assert (np.abs(bare - np.array(expected, int)).max(axis=1) == 0).mean() > 0.6
+
+
+def test_relations_are_where_they_are_said_to_be():
+    axis = {"left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1)}
+    seen = set()
+    for index in range(200):
+        row = openmoji_scenes.scene("train", index, 64, (2, 2))
+        for relation, (side, sign) in axis.items():
+            if f" {relation} " in row["caption"]:
+                first, second = row["boxes"][:2]
+                middles = [box[side] + box[side + 2] for box in (first, second)]
+                assert sign * (middles[1] - middles[0]) > 0, row["caption"]
+                seen.add(relation)
+    assert seen == set(axis)
+
+
+def test_a_held_out_combination_is_never_trained_on():
+    train = set(openmoji_scenes.columns("train", 16, 4000)["caption"])
+    heldout = set(openmoji_scenes.columns("compositional", 16, 400)["caption"])
+    assert not train & heldout
+    words = {word for caption in train for word in caption.split()}
+    unseen = {w for caption in heldout for w in caption.split()} - words
+    assert not unseen
+
+
+def test_sources_of_scenes():
+    heldout = sources.load(
+        "openmoji_scenes", "compositional", resolution=16, count=80, objects=(1, 1)
+    )
+    assert len(heldout) == 10 and "OpenMoji" in heldout.attribution
+    assert (heldout.fields["categories"][:, 1:] == -1).all()
+    with pytest.raises(UserError, match=r"data.options.objects: \(3, 2\)"):
+        openmoji_scenes.columns("train", 16, 1, (3, 2))
+    with pytest.raises(UserError, match="openmoji_scenes has train"):
+        openmoji_scenes.scene("test", 0, 16)
+
+
+def test_derived_columns_are_the_same_in_every_run():
+    data = dict(
+        source="synthetic",
+        options=dict(count=12),
+        train_split="train",
+        heldout_split="heldout",
+        ops=(("to_float", {}),),
+        derive=dict(low_res=dict(factor=4, kind="bsrgan_light"), mask=dict(full=0.0)),
+    )
+    first, _ = sources.load_splits(data, 16)
+    again, heldout = sources.load_splits(data, 16)
+    assert first.fields["low_res"].shape == (12, 4, 4, 3)
+    assert first.fields["mask"].shape == (12, 16, 16)
+    for name in ("low_res", "mask"):
+        np.testing.assert_array_equal(first.fields[name], again.fields[name])
+        assert (first.fields[name] != heldout.fields[name]).any()
+    with pytest.raises(UserError, match="data.derive.lowres"):
+        sources.load_splits(data | dict(derive=dict(lowres={})), 16)
+
+
+def test_holes_are_large_and_now_and_then_everything():
+    drawn = masks.masks(400, 32, 48, seed=0)
+    assert drawn.shape == (400, 32, 48) and set(np.unique(drawn)) == {0, 1}
+    share = drawn.mean(axis=(1, 2))
+    assert 0.18 < (share == 1).mean() < 0.32
+    assert 0.15 < share[share < 1].mean() < 0.6 and (share > 0).all()
+    np.testing.assert_array_equal(masks.masks(3, 32, 48, seed=0), drawn[:3])
+
+
+@pytest.mark.parametrize("kind", degrade.KINDS)
+def test_every_degradation_keeps_the_picture(kind):
+    image = openmoji_scenes.scene("train", 3, 64)["image"]
+    small = degrade.degrade(image, 4, kind, np.random.default_rng(0))
+    again = degrade.degrade(image, 4, kind, np.random.default_rng(0))
+    assert small.shape == (16, 16, 3) and small.dtype == np.uint8
+    np.testing.assert_array_equal(small, again)
+    mean = image.reshape(16, 4, 16, 4, 3).mean(axis=(1, 3))
+    limit = 40 if kind == "bsrgan" else 25
+    assert np.abs(small - mean).mean() < limit
+
+
+def test_plain_resizers_of_opencv():
+    """Area is the mean of a cell; at a factor of 2 bilinear is too."""
+    image = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
+    mean = image.reshape(4, 2, 6, 2, 3).mean(axis=(1, 3))
+    rng = np.random.default_rng(0)
+    for kind in ("cv_area", "cv_bilinear"):
+        small = degrade.degrade(image, 2, kind, rng)
+        assert np.abs(small - mean).max() <= 0.5 + 1e-9
+    nearest = degrade.degrade(image, 2, "cv_nearest", rng)
+    np.testing.assert_array_equal(nearest, image[::2, ::2])
+
+
+@pytest.mark.parametrize(
+    ("factor", "kind", "error"),
+    [
+        (3, "cv_area", "low_res.factor: 3 does not divide a picture of 64x64"),
+        (4, "bsrgann", "low_res.kind: 'bsrgann'; did you mean 'bsrgan'"),
+    ],
+)
+def test_wrong_degradations(factor, kind, error):
+    image = np.zeros((64, 64, 3), np.uint8)
+    with pytest.raises(UserError, match=error):
+        degrade.degrade(image, factor, kind, np.random.default_rng(0))
