@@ -38,11 +38,9 @@ def openmoji() -> ConfigDict:
 
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
-    config = openmoji()
-    config.data.source = "synthetic"
-    config.data.options = ConfigDict(dict(count=32))
+    config = defaults.debug(openmoji())
     config.conditioners.label.num_classes = 24  # four shapes in six colours
-    return defaults.debug(config)
+    return config
 
 
 def cin256() -> ConfigDict:

@@ -16,16 +16,14 @@ def openmoji() -> ConfigDict:
     """Scenes of one to three emoji at 32 pixels, by layer."""
     config = defaults.scenes()
     config.conditioners.depth = ConfigDict(dict(kind="depth"))
-    config.conditioners.text = defaults.small_text(dim=128)
+    config.conditioners.text = defaults.small_text(dim=128, length=32)
     config.unet = defaults.emoji_unet(concat=1, context_dim=128)
     return config
 
 
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
-    config = openmoji()
-    config.conditioners.text.net.dim = config.unet.context_dim = 32
-    return defaults.debug(config)
+    return defaults.debug(openmoji())
 
 
 def sd2() -> ConfigDict:

@@ -34,9 +34,7 @@ def openmoji() -> ConfigDict:
 
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
-    config = openmoji()
-    config.conditioners.layout.net.dim = config.unet.context_dim = 32
-    return defaults.debug(config)
+    return defaults.debug(openmoji())
 
 
 def openimages256() -> ConfigDict:

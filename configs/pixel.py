@@ -27,11 +27,7 @@ def openmoji() -> ConfigDict:
 
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
-    config = openmoji()
-    config.data.source = "synthetic"
-    config.data.options = ConfigDict(dict(count=32))
-    config.conditioners.text.net.dim = config.unet.context_dim = 32
-    return defaults.debug(config)
+    return defaults.debug(openmoji())
 
 
 PRESETS = {"openmoji": openmoji, "debug": debug}

@@ -24,11 +24,9 @@ def openmoji() -> ConfigDict:
 
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
-    config = openmoji()
-    config.data.source = "synthetic"
-    config.data.options = ConfigDict(dict(count=32))
+    config = defaults.debug(openmoji())
     config.data.derive.low_res.factor = 2
-    return defaults.debug(config)
+    return config
 
 
 def bsr_sr() -> ConfigDict:

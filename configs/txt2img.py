@@ -23,11 +23,7 @@ def openmoji() -> ConfigDict:
 
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute, with data made on the spot."""
-    config = openmoji()
-    config.data.source = "synthetic"
-    config.data.options = ConfigDict(dict(count=32))
-    config.conditioners.text.net.dim = config.unet.context_dim = 32
-    return defaults.debug(config)
+    return defaults.debug(openmoji())
 
 
 def ldm_1p4b() -> ConfigDict:

@@ -26,12 +26,9 @@ def openmoji() -> ConfigDict:
 
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
-    config = openmoji()
-    config.data.source = "synthetic"
-    config.data.options = ConfigDict(dict(count=32))
+    config = defaults.debug(openmoji())
     config.data.derive.low_res.factor = 2
-    config.conditioners.text.net.dim = config.unet.context_dim = 32
-    return defaults.debug(config)
+    return config
 
 
 def x4() -> ConfigDict:

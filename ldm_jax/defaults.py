@@ -290,21 +290,33 @@ def emoji_unet(
 
 
 def debug(config: ConfigDict) -> ConfigDict:
-    """Shrinks an emoji run to two steps of everything, at 16 pixels and tiny widths."""
+    """Shrinks an emoji run to two steps of everything, at 16 pixels and tiny widths.
+
+    Single emoji give way to shapes that are made on the spot.
+    """
     config.resolution = 16
     config.batch_size = 8
+    if config.data.source == "openmoji":
+        config.data.source = "synthetic"
+        config.data.options = ConfigDict(dict(count=32))
+    else:
+        config.data.options.count = 64
     if config.autoencoder.get("kind") != "identity":
         config.autoencoder.update(dict(ch=8, ch_mult=(1, 2), resolution=16))
     config.unet.update(
         dict(model_channels=32, channel_mult=(1,), attention_resolutions=(1,))
     )
+    if "context_dim" in config.unet:
+        config.unet.context_dim = 32
+    for section in config.conditioners.values():
+        for place in (section, section.get("net", {})):
+            if "dim" in place:
+                place["dim"] = 32
     for name in config.stages:
         section = config[f"{name}_stage"]
         section.steps = 2
         section.batch_size = None
         section.optim.warmup_steps = 1
-    if "count" in config.data.options:
-        config.data.options.count = 64
     config.sample.steps = 2
     config.report.update(dict(log_steps=1, eval_images=8, retrieval_captions=4))
     return config

@@ -63,6 +63,17 @@ def _shapes(config, tokenizer):
     return model, jax.eval_shape(init, key)
 
 
+_ONCE = {}
+
+
+def _shapes_of(path, preset, tokenizer):
+    """`_shapes` of a preset; two tests look at each, and the large ones take seconds."""
+    if (path, preset) not in _ONCE:
+        config = _module(path).get_config(preset)
+        _ONCE[path, preset] = _shapes(config, tokenizer)
+    return _ONCE[path, preset]
+
+
 def _millions(tree):
     return round(sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6, 2)
 
@@ -78,7 +89,7 @@ def test_every_preset_builds(path, preset, small_tokenizer):
         assert first["autoencoder"]["decoder"]["conv_out"]["kernel"].shape[-1] == 3
     if "diffusion" not in config.stages:
         return
-    model, (_, second, _) = _shapes(config, small_tokenizer)
+    model, (_, second, _) = _shapes_of(path, preset, small_tokenizer)
     assert set(second["conditioners"]) == {
         name for name, c in model.conditioners.items() if c.trainable and c.has_params
     }
@@ -149,7 +160,7 @@ def test_no_large_parameter_is_left_replicated(path, preset, small_tokenizer):
     config = _module(path).get_config(preset)
     config.mesh.update(dict(data=-1, fsdp=8, tensor=1))
     mesh = sharding.make_mesh(config.mesh)
-    _, trees = _shapes(config, small_tokenizer)
+    _, trees = _shapes_of(path, preset, small_tokenizer)
     assert sharding.unsharded(trees, mesh) == []
 
 
