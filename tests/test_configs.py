@@ -67,7 +67,7 @@ _ONCE = {}
 
 
 def _shapes_of(path, preset, tokenizer):
-    """`_shapes` of a preset; two tests look at each, and the large ones take seconds."""
+    """`_shapes` of a preset, once; two tests look, and large ones take seconds."""
     if (path, preset) not in _ONCE:
         config = _module(path).get_config(preset)
         _ONCE[path, preset] = _shapes(config, tokenizer)
