@@ -32,7 +32,7 @@ def test_source_columns():
 def test_unknown_source_suggests_the_nearest():
     with pytest.raises(UserError, match="did you mean 'openmoji'"):
         sources.load("openmojis", "train")
-    with pytest.raises(UserError, match="openmoji, folder, tfds, synthetic"):
+    with pytest.raises(UserError, match="openmoji, openmoji_scenes, folder, tfds"):
         sources.load("zzz", "train")
 
 
