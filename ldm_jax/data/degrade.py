@@ -75,13 +75,16 @@ def _cv_matrix(n_in: int, n_out: int, method: str) -> np.ndarray:
     if method == "nearest":
         out[i, np.minimum(np.floor(i * scale).astype(int), n_in - 1)] = 1
         return out
-    if method == "area" and scale > 1:  # how much of each pixel lies in the cell
+    if method == "area" and scale >= 1:  # how much of each pixel lies in the cell
         edges = np.arange(n_in)
         start, end = (i * scale)[:, None], ((i + 1) * scale)[:, None]
         share = np.minimum(end, edges + 1) - np.maximum(start, edges)
         return np.maximum(share, 0) / scale
     radius = {"bilinear": 1, "area": 1, "bicubic": 2, "lanczos": 4}[method]
     centre = (i + 0.5) * scale - 0.5
+    if method == "area":  # enlarging: blends only where a cell crosses a pixel's edge
+        whole = np.floor(i * scale)
+        centre = whole + np.maximum(i + 1 - (whole + 1) / scale, 0)
     taps = np.floor(centre)[:, None] + np.arange(1 - radius, radius + 1)
     weights = _kernel(centre[:, None] - taps, method)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -124,7 +127,7 @@ def _bsrgan(
         order[two], order[three] = order[three], order[two]
     for step in order:
         if step == 0 or (step == 1 and not light):
-            x = _blur(x, factor, rng, light)
+            x = _blur(x, left, rng, light)
         elif step == 2:
             x = _shrink(x, left, rng, 0.8 if light else 0.75)
         elif step == 3:
@@ -198,8 +201,9 @@ def _shrink(
         return np.clip(cv_resize(x, size, _any_method(rng)), 0, 1)
     sigma = rng.uniform(0.1, 0.6 * factor)
     kernel = _gaussian(25, sigma**2, sigma**2, 0.0)
-    # Half a cell to the side, so that the pixel kept is the middle of its cell.
-    kernel = ndimage.shift(kernel, (factor - 1) / 2, order=1, mode="nearest")
+    # Half a cell to the side, so that the pixel kept is the middle of its cell: a
+    # convolution turns the kernel round, so it moves up and left.
+    kernel = ndimage.shift(kernel, -(factor - 1) / 2, order=1, mode="nearest")
     kernel /= kernel.sum()
     x = ndimage.convolve(x, kernel[..., None], mode="mirror")
     return np.clip(x[::factor, ::factor], 0, 1)
@@ -216,10 +220,10 @@ def _noise(
         noise = rng.normal(0, level, (*x.shape[:2], 1))
     else:
         basis, _ = np.linalg.qr(rng.random((3, 3)))
+        # |.| leaves a 3x3 covariance positive; the reference takes the highest level.
         covariance = np.abs(basis.T @ np.diag(rng.random(3)) @ basis)
-        root = np.linalg.cholesky(covariance @ covariance.T + 1e-9 * np.eye(3))
-        root /= np.sqrt(np.mean(np.square(root).sum(axis=1)))
-        noise = level * rng.normal(size=x.shape) @ root.T
+        root = np.linalg.cholesky(covariance + 1e-9 * np.eye(3))
+        noise = levels[1] / 255 * rng.normal(size=x.shape) @ root.T
     return np.clip(x + noise, 0, 1)
 
 
