@@ -7,8 +7,9 @@ Scene i of a split is the same on every machine at a given resolution, whichever
 were made before it.
 
 A tenth of the combinations (two nouns with their relation, or one noun with its count
-and ground) is held out: `train` never shows one, `compositional` shows nothing else.
-Every word occurs in both.
+and ground) is held out: `train` never shows one, `compositional` nothing else. A
+relation and its mirror ("left of", "right of") are one combination. Every word occurs
+in both.
 
 The drawings are OpenMoji's (CC BY-SA 4.0); see data/openmoji.py.
 """
@@ -39,6 +40,7 @@ BACKGROUNDS = {
     "yellow": (250, 240, 160),
 }
 RELATIONS = ("left of", "right of", "above", "below", "in front of", "behind")
+_MIRRORED = {"right of": "left of", "below": "above", "behind": "in front of"}
 COUNTS = ("", "a", "two", "three")
 
 # Names of emoji, which are their nouns, unless another one stands after a colon.
@@ -55,7 +57,7 @@ _NOUNS = """
     umbrella, snowman, rainbow, sun, cloud, glowing star:star, snowflake,
     crown, top hat, necktie, t-shirt, dress, backpack, running shoe,
     guitar, trumpet, drum, violin, balloon, teddy bear, soccer ball:football, kite,
-    basketball, trophy, jack-o-lantern:lantern, wrapped gift:present,
+    basketball, trophy, jack-o-lantern:pumpkin, wrapped gift:present,
     hammer, key, candle, light bulb, telescope, red heart:heart,
     alarm clock, envelope, magnet, bell, ladder, bucket, chair, television, gem stone
 """
@@ -111,7 +113,10 @@ def nouns() -> tuple[Noun, ...]:
 
 
 def held_out(*combination: str) -> bool:
-    """Whether the training split must not show this combination of words."""
+    """Whether `train` must not show (noun, relation, noun) or (count, noun, ground)."""
+    if len(combination) == 3 and combination[1] in _MIRRORED:
+        first, relation, second = combination
+        combination = (second, _MIRRORED[relation], first)
     return zlib.crc32("|".join(combination).encode()) % _HELD_OUT == 0
 
 
@@ -163,24 +168,29 @@ def _compose(
     """(caption, ground, what lies on it from the farthest to the nearest)."""
     kinds, grounds = nouns(), tuple(BACKGROUNDS)
     low, high = objects
+    relations = RELATIONS if low <= 2 else RELATIONS[:4]  # the others are of two things
+    grain = max(resolution // 32, 1)  # few sizes, so that the drawings fit in memory
     while True:
         first, second = (kinds[i] for i in rng.choice(len(kinds), 2, replace=False))
         ground = grounds[rng.integers(len(grounds))]
         total = int(rng.integers(low, high + 1))
-        pair = total > 1 and rng.random() < 0.75
+        pair = total > 3 or (total > 1 and rng.random() < 0.75)
         if not pair:
-            count = min(total, 3)
-            if held_out(COUNTS[count], first.name, ground) == hold_out:
-                parts = [_amount(count, first)]
-                boxes = [(_whole(count), [first] * count)]
+            if held_out(COUNTS[total], first.name, ground) == hold_out:
+                parts = [_amount(total, first)]
+                boxes = [(_whole(total), [first] * total)]
                 break
             continue
-        relation = RELATIONS[rng.integers(len(RELATIONS))]
-        if held_out(first.name, relation, second.name) == hold_out:
-            a = int(rng.integers(1, min(total - 1, 3) + 1))
-            b = min(total - a, 3)
-            if relation in RELATIONS[4:]:  # one hides a part of another
-                a = b = 1
+        relation = relations[rng.integers(len(relations))]
+        a = int(rng.integers(max(total - 3, 1), min(total - 1, 3) + 1))
+        b = total - a
+        if relation in RELATIONS[4:]:  # one hides a part of another
+            a = b = 1
+        stray = not hold_out and (
+            held_out(COUNTS[a], first.name, ground)
+            or held_out(COUNTS[b], second.name, ground)
+        )
+        if held_out(first.name, relation, second.name) == hold_out and not stray:
             parts = [_amount(a, first), relation, _amount(b, second)]
             boxes = _halves(relation, a, b, [first] * a, [second] * b)
             break
@@ -189,12 +199,14 @@ def _compose(
     for cells, things in boxes:
         for (x0, y0, x1, y1), noun in zip(cells, things, strict=True):
             room = min(x1 - x0, y1 - y0) * resolution
-            side = max(int(room * rng.uniform(0.8, 1.0)), 4)
+            side = int(room * rng.uniform(0.8, 1.0)) // grain * grain
+            side = min(max(side, 4), resolution)
             spare_x = (x1 - x0) * resolution - side
             spare_y = (y1 - y0) * resolution - side
             left = int(x0 * resolution + rng.uniform(0.0, max(spare_x, 0.0)))
             top = int(y0 * resolution + rng.uniform(0.0, max(spare_y, 0.0)))
-            placed.append(Placed(noun, left, top, side))
+            edge = resolution - side
+            placed.append(Placed(noun, min(left, edge), min(top, edge), side))
     return caption, ground, placed
 
 
@@ -244,30 +256,36 @@ def _article(word: str) -> str:
 
 @functools.lru_cache(maxsize=20_000)
 def _sprite(code: str, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(colour times alpha, alpha [s, s, 1], box around what shows) of a drawing."""
-    rgba = openmoji.rasterise(code, side).astype(np.uint16)
+    """(colour [s, s, 3], alpha [s, s, 1], box around what shows) of a drawing."""
+    rgba = openmoji.rasterise(code, side)
     colour, alpha = rgba[..., :3], rgba[..., 3:]
     shown = np.argwhere(alpha[..., 0] > 0)
     top, left = shown.min(axis=0)
     bottom, right = shown.max(axis=0) + 1
-    return colour * alpha, alpha, np.array([left, top, right, bottom])
+    return colour, alpha, np.array([left, top, right, bottom])
 
 
 def _over(colour: np.ndarray, alpha: np.ndarray, ground: np.ndarray) -> np.ndarray:
     """Lays a drawing on uint8 [s, s, 3]."""
-    return ((colour + ground * (255 - alpha) + 127) // 255).astype(np.uint8)
+    part = alpha.astype(np.uint16)
+    return ((colour * part + ground * (255 - part) + 127) // 255).astype(np.uint8)
+
+
+def check_objects(objects: Sequence[int]) -> None:
+    """UserError unless it is (fewest, most) of what a scene can hold."""
+    if len(objects) != 2 or not 1 <= objects[0] <= objects[1] <= MAX_OBJECTS:
+        raise UserError(
+            f"data.options.objects: {tuple(objects)}; give (fewest, most) from 1 to"
+            f" {MAX_OBJECTS}"
+        )
 
 
 def columns(
     split: str, resolution: int, count: int, objects: Sequence[int] = (1, 4)
 ) -> dict[str, np.ndarray]:
     """The first `count` scenes of a split, one column a field."""
+    check_objects(objects)
     low, high = objects
-    if not 1 <= low <= high <= MAX_OBJECTS:
-        raise UserError(
-            f"data.options.objects: {tuple(objects)}; give (fewest, most) from 1 to"
-            f" {MAX_OBJECTS}"
-        )
     rows = [scene(split, index, resolution, (low, high)) for index in range(count)]
     captions = np.array([row.pop("caption") for row in rows], object)
     made = {name: np.stack([row[name] for row in rows]) for name in rows[0]}

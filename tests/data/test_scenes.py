@@ -70,6 +70,21 @@ def test_relations_are_where_they_are_said_to_be():
     assert seen == set(axis)
 
 
+def test_what_is_in_front_hides_what_is_behind():
+    labels, seen = {n.name: n.label for n in openmoji_scenes.nouns()}, 0
+    for index in range(300):
+        row = openmoji_scenes.scene("train", index, 64, (2, 2))
+        ((near, relation, far),) = _combinations(row["caption"])[0] or [(None,) * 3]
+        if relation != "in front of":
+            continue
+        assert list(row["categories"][:2]) == [labels[far], labels[near]]
+        map_, depth = row["segmentation"], row["depth"]
+        assert set(map_[depth == 1.0]) == {1 + labels[near]}
+        assert set(map_[depth == 0.5]) == {1 + labels[far]}
+        seen += 1
+    assert seen > 40
+
+
 def test_a_held_out_combination_is_never_trained_on():
     train = set(openmoji_scenes.columns("train", 16, 4000)["caption"])
     heldout = set(openmoji_scenes.columns("compositional", 16, 400)["caption"])
@@ -77,6 +92,62 @@ def test_a_held_out_combination_is_never_trained_on():
     words = {word for caption in train for word in caption.split()}
     unseen = {w for caption in heldout for w in caption.split()} - words
     assert not unseen
+
+
+def _combinations(caption):
+    """What a caption tells: [(noun, relation, noun)] or [], and (count, noun, ground)s.
+
+    The relation and its mirror are one, with the nouns in order.
+    """
+    singular = {noun.plural: noun.name for noun in openmoji_scenes.nouns()}
+    words = caption.removesuffix(" background").split()
+    things, relation = " ".join(words[:-3]), None
+    for word in openmoji_scenes.RELATIONS:
+        if f" {word} " in things:
+            things, relation = things.replace(f" {word} ", "|"), word
+    amounts = []
+    for part in things.split("|"):
+        count, noun = part.split(" ", 1)
+        alone = count in ("a", "an")
+        amounts.append(("a" if alone else count, noun if alone else singular[noun]))
+    counted = {(count, noun, words[-1]) for count, noun in amounts}
+    if relation is None:
+        return [], counted
+    first, second = (noun for _, noun in amounts)
+    mirrored = {"right of": "left of", "below": "above", "behind": "in front of"}
+    if relation in mirrored:
+        first, relation, second = second, mirrored[relation], first
+    return [(first, relation, second)], counted
+
+
+def test_neither_mirrored_nor_as_a_part_is_a_held_out_combination_trained_on():
+    rows = [openmoji_scenes.scene("train", i, 16) for i in range(6000)]
+    pairs, counted = set(), set()
+    for row in rows:
+        pair, amounts = _combinations(row["caption"])
+        pairs.update(pair)
+        counted |= amounts
+    for index in range(600):
+        row = openmoji_scenes.scene("compositional", index, 16)
+        pair, amounts = _combinations(row["caption"])
+        assert not (pairs & set(pair) if pair else counted & amounts), row["caption"]
+
+
+@pytest.mark.parametrize("objects", [(1, 1), (3, 4), (5, 6), (6, 6)])
+def test_as_many_things_as_asked_for(objects):
+    seen = {
+        int((openmoji_scenes.scene("train", i, 16, objects)["categories"] >= 0).sum())
+        for i in range(60)
+    }
+    assert seen == set(range(objects[0], objects[1] + 1))
+
+
+@pytest.mark.parametrize("resolution", [8, 20, 48])
+def test_any_resolution(resolution):
+    for index in range(80):
+        row = openmoji_scenes.scene("train", index, resolution)
+        assert row["image"].shape == (resolution, resolution, 3)
+        assert row["boxes"].min() >= 0 and row["boxes"].max() <= 1
 
 
 def test_sources_of_scenes():
