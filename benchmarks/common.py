@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
-import numpy as np
 
 from ldm_jax import config as config_lib
 from ldm_jax import first_stage as first_stage_lib
@@ -42,7 +41,8 @@ def load(spec: str, overrides: Sequence[str]) -> ml_collections.ConfigDict:
     config = config_lib.load(
         spec, [word.removeprefix("--config.") for word in overrides]
     )
-    for section in config.conditioners.values():
+    texts = [s for s in config.conditioners.values() if "tokenizer" in s]
+    for section in texts:
         size = section.tokenizer.train_vocab_size or 49408  # CLIP's
         with section.net.unlocked():
             section.net.vocab_size = size
@@ -65,11 +65,6 @@ def first_stage(
     return first_stage_lib.FirstStage(
         params["autoencoder"], jnp.zeros([c]), jnp.ones([c])
     )
-
-
-def captions(model: model_lib.LatentDiffusion, b: int) -> dict[str, np.ndarray]:
-    """`b` prepared rows for every conditioner."""
-    return {n: c.prepare(["red circle"] * b) for n, c in model.conditioners.items()}
 
 
 def seconds(call: Callable[[], Any]) -> float:

@@ -42,6 +42,7 @@ from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import model as model_lib
 from ldm_jax import sample
 from ldm_jax import workdir as workdir_lib
+from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 
 CONFIG = pathlib.Path(common.default_config()).with_name("f_sweep.py")
@@ -159,7 +160,7 @@ def step_flops(config: ml_collections.ConfigDict) -> dict[str, float]:
         batch = {"moments": jax.eval_shape(encode, first_stage.params, x)}
     else:
         batch = {"image": x}
-    batch |= common.captions(model, len(x))
+    batch |= conditioning.null_rows(model.conditioners, len(x))
     count("diffusion", step, create, {"first_stage": first_stage}, batch)
     return counted
 
@@ -244,7 +245,7 @@ def score(workdir: pathlib.Path, samples: int, drawn_at_once: int) -> dict[str, 
     pictures, spread over all of them, and are compared with these pictures.
     """
     from ldm_jax.convert import inception, pretrained, torch_archive
-    from ldm_jax.data import sources
+    from ldm_jax.data import pipeline, sources
     from ldm_jax.evaluate import metrics, run_report
     from ldm_jax.train import distributed, report
 
@@ -272,7 +273,7 @@ def score(workdir: pathlib.Path, samples: int, drawn_at_once: int) -> dict[str, 
     drawn = loaded.sample(captions, batch_size=drawn_at_once)
     seconds = time.perf_counter() - began
     shown = sources.Source({k: v[order[:samples]] for k, v in source.fields.items()})
-    real = run_report.images(shown, config.data.ops)
+    real = pipeline.pictures(shown, config.data.ops)
     distances = run_report.distances(real, drawn, weights)
     ranks = metrics.retrieval_ranks(drawn[:RETRIEVED], real[:RETRIEVED])
     return {

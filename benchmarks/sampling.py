@@ -34,7 +34,7 @@ def main() -> None:
         model = common.build(config)
     params = model_lib.init_diffusion(config, model, jax.random.key(0))
     first_stage = common.first_stage(config, model)
-    fields = common.captions(model, b)
+    fields = conditioning.null_rows(model.conditioners, b)
 
     def draw() -> np.ndarray:
         return sample.draw(

@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks import common
 from ldm_jax import config as config_lib
 from ldm_jax import model as model_lib
+from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.data import sources
 from ldm_jax.train import optim, report, sharding, step_autoencoder, step_diffusion
 from ldm_jax.train import stage as stage_lib
@@ -84,7 +85,7 @@ def diffusion(
     frozen = {"first_stage": common.first_stage(config, model)}
     mean = jax.random.normal(jax.random.key(1), (b, h, w, c))
     moments = jnp.concatenate([mean, jnp.full_like(mean, -6)], axis=-1)
-    batch = {"moments": moments, **common.captions(model, b)}
+    batch = {"moments": moments, **conditioning.null_rows(model.conditioners, b)}
     tx, _ = optim.make_optimizer(section.optim, section.steps, b)
     step = stage_lib.make_step(
         step_diffusion.make_loss(model, section),
@@ -105,7 +106,8 @@ def references(name: str, model: model_lib.LatentDiffusion, side: int, b: int):
 
     if name == "autoencoder":
         return torch_steps.autoencoder(model, side, b)
-    tokens = sum(x.shape[1] for x in common.captions(model, 1).values())
+    rows = conditioning.null_rows(model.conditioners, 1)
+    tokens = sum(x.shape[1] for x in rows.values())
     return torch_steps.unet(model, tokens, b)
 
 

@@ -61,34 +61,16 @@ def sweep(f: int) -> ConfigDict:
     config.autoencoder_stage.update(dict(steps=600, batch_size=4, ema_decay=0.995))
     config.autoencoder_stage.optim.update(defaults.fast_adam(2e-3, warmup_steps=50))
 
-    config.conditioners.text = ConfigDict(
-        dict(
-            kind="text",
-            field="caption",
-            slot="context",
-            trainable=True,
-            dropout=0.1,
-            tokenizer=dict(name=None, train_vocab_size=2048),
-            length=20,
-            net=dict(kind="transformer", dim=128, depth=1),
-        )
-    )
+    config.conditioners.text = defaults.small_text(dim=128)
     model_channels, channel_mult, num_res_blocks, attention_resolutions = UNETS[f]
     channels = AUTOENCODERS[f][1] if f > 1 else 3
     config.unet = ConfigDict(
-        dict(
-            in_channels=channels,
-            out_channels=channels,
+        defaults.emoji_unet(context_dim=128, channels=channels).to_dict()
+        | dict(
             model_channels=model_channels,
             channel_mult=channel_mult,
             num_res_blocks=num_res_blocks,
             attention_resolutions=attention_resolutions,
-            num_head_channels=32,
-            use_spatial_transformer=True,
-            use_linear_in_transformer=True,
-            transformer_depth=1,
-            context_dim=128,
-            legacy=False,
         )
     )
     config.diffusion.parameterization = "v"

@@ -183,54 +183,41 @@ def narrow_autoencoder(resolution: int, ch_mult: tuple, z_channels: int) -> dict
 # ---- Conditions that several files list ------------------------------------------
 
 
-def bert_text(variant: str) -> ConfigDict:
-    """The paper's jointly trained text transformer on BERT's tokens."""
+def _text(tokenizer: dict, length: int, net: dict, trainable: bool) -> ConfigDict:
     return ConfigDict(
         dict(
             kind="text",
             field="caption",
             slot="context",
-            trainable=True,
+            trainable=trainable,
             dropout=0.1,
-            tokenizer=dict(name="bert-base-uncased", train_vocab_size=None),
-            length=77,
-            net=dict(kind="transformer", variant=variant),
+            tokenizer=tokenizer,
+            length=length,
+            net=net,
         )
     )
+
+
+def bert_text(variant: str) -> ConfigDict:
+    """The paper's jointly trained text transformer on BERT's tokens."""
+    tokenizer = dict(name="bert-base-uncased", train_vocab_size=None)
+    net = dict(kind="transformer", variant=variant)
+    return _text(tokenizer, 77, net, trainable=True)
 
 
 def clip_text(
     name: str = "stabilityai/stable-diffusion-2", variant: str = "openclip_h"
 ) -> ConfigDict:
     """A frozen CLIP text tower, as in Stable Diffusion."""
-    return ConfigDict(
-        dict(
-            kind="text",
-            field="caption",
-            slot="context",
-            trainable=False,
-            dropout=0.1,
-            tokenizer=dict(name=name, train_vocab_size=None),
-            length=77,
-            net=dict(kind="clip", variant=variant),
-        )
-    )
+    tokenizer = dict(name=name, train_vocab_size=None)
+    return _text(tokenizer, 77, dict(kind="clip", variant=variant), trainable=False)
 
 
 def small_text(dim: int = 128, length: int = 20) -> ConfigDict:
     """One layer over a vocabulary that is trained on the captions."""
-    return ConfigDict(
-        dict(
-            kind="text",
-            field="caption",
-            slot="context",
-            trainable=True,
-            dropout=0.1,
-            tokenizer=dict(name=None, train_vocab_size=2048),
-            length=length,
-            net=dict(kind="transformer", dim=dim, depth=1),
-        )
-    )
+    tokenizer = dict(name=None, train_vocab_size=2048)
+    net = dict(kind="transformer", dim=dim, depth=1)
+    return _text(tokenizer, length, net, trainable=True)
 
 
 # ---- Runs of minutes on two CPU cores ----------------------------------------------

@@ -191,21 +191,6 @@ def _layouts(flag: str, paths: Sequence[str]) -> dict[str, Any]:
     return {"boxes": boxes, "categories": categories}
 
 
-def _arrays(column: str):
-    def read(flag: str, paths: Sequence[str]) -> dict[str, Any]:
-        rows = []
-        for path in paths:
-            try:
-                rows.append(np.load(path, allow_pickle=False))
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    f"{flag}: {path!r} is no .npy array ({error})"
-                ) from error
-        return {column: _stack(flag, rows)}
-
-    return read
-
-
 INPUTS = (
     Input("prompt", ("caption",), "what to draw", _captions),
     Input("label", ("label",), "number of a class", _labels),
@@ -230,10 +215,4 @@ INPUTS = (
         _pictures("image"),
     ),
     Input("mask", ("mask",), "a grey picture, white is drawn anew", _masks),
-    Input(
-        "neighbours",
-        ("neighbours",),
-        "an .npy file of embeddings [k, dim]",
-        _arrays("neighbours"),
-    ),
 )

@@ -197,7 +197,6 @@ def make_tools(
     frozen: first_stage.FirstStage,
     keys: jax.Array,
     noise_level: jax.Array | None = None,
-    training: bool = False,
 ) -> conditioning.Tools:
     """What conditions may use: the first stage, and a typed key for every row [b]."""
 
@@ -211,7 +210,7 @@ def make_tools(
 
         return jax.vmap(draw)(moments, keys)
 
-    return conditioning.Tools(encode_image, keys, noise_level, training)
+    return conditioning.Tools(encode_image, keys, noise_level)
 
 
 def conditioning_shapes(

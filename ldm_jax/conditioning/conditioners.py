@@ -49,7 +49,7 @@ class Tools(NamedTuple):
     keys: one typed key a row, for what is random besides dropping: noise, order.
     noise_level: of noise-augmented conditions, int32 [b]; None draws it in training
         and takes the conditioner's own otherwise.
-    training: whether levels are drawn.
+    training: whether levels and orders are drawn; `encode` sets it.
     """
 
     encode_image: Callable[[jax.Array, jax.Array], jax.Array] | None = None
@@ -142,6 +142,7 @@ def encode(
     if key is not None and dropped is None and conditioners:
         b = len(next(iter(batch[name] for name in conditioners)))
         dropped = draw_dropped(conditioners, b, key)
+    tools = tools._replace(training=key is not None)
     slots: dict[str, list[jax.Array]] = {}
     for index, (name, conditioner) in enumerate(sorted(conditioners.items())):
         values, rngs = batch[name], None

@@ -158,30 +158,6 @@ def layout(
     )
 
 
-def neighbours(
-    setting: Setting, *, dim: int, field: str = "neighbours", dropout: float = 0.1
-) -> Conditioner:
-    """Embeddings of similar pictures as context [b, k, dim] (RDM, §6.6); null is 0."""
-    del setting
-
-    def prepare(values: Any) -> np.ndarray:
-        rows = np.asarray(values, np.float32)
-        if rows.ndim != 3 or rows.shape[-1] != dim:
-            raise UserError(
-                f"{field}: {list(rows.shape)}; give embeddings [n, k, {dim}]"
-            )
-        return rows
-
-    return Conditioner(
-        fields=(field,),
-        slots=("context",),
-        prepare=prepare,
-        null=np.zeros((1, dim), np.float32),
-        dropout=dropout,
-        drop_output=True,
-    )
-
-
 # What `kind` of a section in config.conditioners may name.
 KINDS: dict[str, Callable[..., Conditioner]] = {
     "text": text,
@@ -193,7 +169,6 @@ KINDS: dict[str, Callable[..., Conditioner]] = {
     "inpainting": pictures.inpainting,
     "depth": pictures.depth,
     "image_embedding": pictures.image_embedding,
-    "neighbours": neighbours,
 }
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from ldm_jax.conditioning.conditioners import Conditioner, Setting, Tools
 from ldm_jax.config import UserError, nearest
 from ldm_jax.diffusion import denoiser, schedules
-from ldm_jax.nets import embedders, layers, resize
+from ldm_jax.nets import embedders, layers
 
 NO_CLASS = 255  # in a map of classes
 GREY = 128  # the 8-bit value next to 0 in [-1, 1]
@@ -169,7 +169,6 @@ def depth(setting: Setting, *, field: str = "depth") -> Conditioner:
     Each map is scaled by its own extremes; a constant one becomes -1.
     """
     side, size = setting.resolution, setting.latent_shape[0]
-    shrink = np.float32(resize.matrix(side, size, "bicubic"))
 
     def prepare(maps: Any) -> np.ndarray:
         rows = np.asarray(maps, np.float32)
@@ -184,7 +183,7 @@ def depth(setting: Setting, *, field: str = "depth") -> Conditioner:
 
     def before(maps: jax.Array, tools: Tools) -> jax.Array:
         del tools
-        d = jnp.einsum("ih,bhw,jw->bij", shrink, maps, shrink)[..., None]
+        d = embedders.resize(maps[..., None], (size, size), "bicubic")
         low, high = (f(d, axis=(1, 2, 3), keepdims=True) for f in (jnp.min, jnp.max))
         return 2 * (d - low) / (high - low + 1e-3) - 1
 

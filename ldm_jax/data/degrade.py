@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
+from ldm_jax import resample
 from ldm_jax.config import UserError, nearest
 
 _PIL = {
@@ -57,52 +58,12 @@ def _to_uint8(x: np.ndarray) -> np.ndarray:
     return np.round(np.clip(x, 0, 1) * 255).astype(np.uint8)
 
 
-# ---- Resizing as OpenCV does it ------------------------------------------------
-
-
 def cv_resize(x: np.ndarray, size: tuple[int, int], method: str) -> np.ndarray:
-    """float [h, w, c] to [*size, c]; half-pixel centres, no antialiasing but area's."""
+    """float [h, w, c] to [*size, c]."""
     rows, columns = (
-        _cv_matrix(n, m, method) for n, m in zip(x.shape, size, strict=False)
+        resample.matrix(n, m, method) for n, m in zip(x.shape[:2], size, strict=True)
     )
     return np.einsum("ih,hwc,jw->ijc", rows, x, columns, optimize=True)
-
-
-def _cv_matrix(n_in: int, n_out: int, method: str) -> np.ndarray:
-    """[n_out, n_in]: what each output row takes of the input rows."""
-    scale, i = n_in / n_out, np.arange(n_out)
-    out = np.zeros((n_out, n_in))
-    if method == "nearest":
-        out[i, np.minimum(np.floor(i * scale).astype(int), n_in - 1)] = 1
-        return out
-    if method == "area" and scale >= 1:  # how much of each pixel lies in the cell
-        edges = np.arange(n_in)
-        start, end = (i * scale)[:, None], ((i + 1) * scale)[:, None]
-        share = np.minimum(end, edges + 1) - np.maximum(start, edges)
-        return np.maximum(share, 0) / scale
-    radius = {"bilinear": 1, "area": 1, "bicubic": 2, "lanczos": 4}[method]
-    centre = (i + 0.5) * scale - 0.5
-    if method == "area":  # enlarging: blends only where a cell crosses a pixel's edge
-        whole = np.floor(i * scale)
-        centre = whole + np.maximum(i + 1 - (whole + 1) / scale, 0)
-    taps = np.floor(centre)[:, None] + np.arange(1 - radius, radius + 1)
-    weights = _kernel(centre[:, None] - taps, method)
-    weights /= weights.sum(axis=1, keepdims=True)
-    index = np.clip(taps, 0, n_in - 1).astype(int)
-    np.add.at(out, (i[:, None], index), weights)
-    return out
-
-
-def _kernel(d: np.ndarray, method: str) -> np.ndarray:
-    d = np.abs(d)
-    if method == "lanczos":
-        return np.sinc(d) * np.sinc(d / 4) * (d < 4)
-    if method == "bicubic":
-        a = -0.75
-        near = ((a + 2) * d - (a + 3)) * d * d + 1
-        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
-        return np.where(d <= 1, near, np.where(d < 2, far, 0))
-    return np.maximum(1 - d, 0)
 
 
 # ---- BSRGAN --------------------------------------------------------------------

@@ -25,7 +25,11 @@ def add(
     """The source with one column more for each section; pictures are as after `ops`."""
     if not sections:
         return source
-    images, seed, columns = _images(source, ops), zlib.crc32(split.encode()), {}
+    images, seed, columns = (
+        pipeline.pictures(source, ops),
+        zlib.crc32(split.encode()),
+        {},
+    )
     for name, section in sections.items():
         if name not in DERIVED:
             raise UserError(f"data.derive.{name}: {nearest(name, DERIVED)}")
@@ -50,18 +54,6 @@ def mask(images: np.ndarray, seed: int, *, full: float = masks.FULL) -> np.ndarr
     """Holes uint8 [n, h, w], 1 is hole; see masks.py."""
     n, h, w, _ = images.shape
     return masks.masks(n, h, w, seed, full)
-
-
-def _images(source: Source, ops: Sequence[tuple[str, dict]]) -> np.ndarray:
-    """All pictures as the nets see them, uint8 [n, h, w, c]."""
-    rows = [
-        batch["image"][batch["_mask"] > 0]
-        for batch in pipeline.eval_batches(
-            source, batch_size=64, ops=ops, fields=("image",)
-        )
-    ]
-    x = np.concatenate(rows)
-    return np.round((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 # What data.derive may list.

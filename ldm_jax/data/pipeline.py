@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import jax
 import numpy as np
 
+from ldm_jax import picture
 from ldm_jax.config import UserError
 from ldm_jax.data import preprocess
 from ldm_jax.data.sources import Source
@@ -83,6 +84,13 @@ def eval_batches(
 
     num_batches = -(-n // batch_size)
     return _iterate(tf.data.Dataset.range(num_batches * local), example, local)
+
+
+def pictures(source: Source, ops: Sequence[tuple[str, dict]]) -> np.ndarray:
+    """All pictures of a source as the nets see them, uint8 [n, h, w, c]."""
+    batches = eval_batches(source, batch_size=64, ops=ops, fields=("image",))
+    rows = [batch["image"][batch["_mask"] > 0] for batch in batches]
+    return picture.to_uint8(np.concatenate(rows))
 
 
 def prefetch_to_device(

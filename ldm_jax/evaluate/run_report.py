@@ -21,13 +21,6 @@ from ldm_jax.evaluate import frechet, metrics
 from ldm_jax.nets import autoencoder, lpips, quantize
 
 
-def images(source: sources.Source, ops: Any) -> np.ndarray:
-    """All pictures of a source as the nets see them, uint8 [n, h, w, c]."""
-    batches = pipeline.eval_batches(source, batch_size=64, ops=ops, fields=("image",))
-    rows = [batch["image"][batch["_mask"] > 0] for batch in batches]
-    return picture.to_uint8(np.concatenate(rows))
-
-
 def reconstruction(
     config: ml_collections.ConfigDict,
     net: nn.Module,
@@ -124,7 +117,7 @@ def raw_conditions(
 ) -> dict[str, Any]:
     """The columns that a model's conditions read; pictures as the nets see them."""
     return {
-        name: images(source, ops) if name == "image" else source.fields[name]
+        name: pipeline.pictures(source, ops) if name == "image" else source.fields[name]
         for name in kinds.required_fields(model.conditioners)
     }
 
@@ -142,7 +135,7 @@ def sampling(
     conditions = raw_conditions(loaded.model, chosen, ops)
     n = len(chosen)
     drawn = loaded.sample(inputs=conditions, count=None if conditions else n)
-    true = images(chosen, ops)
+    true = pipeline.pictures(chosen, ops)
     if conditions:
         ranks = metrics.retrieval_ranks(drawn, true)
         scores = {f"top{k}": float(np.mean(ranks < k)) for k in (1, 5)}

@@ -2,8 +2,23 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
-from ldm_jax.nets import layers, resize
+from ldm_jax import resample
+from ldm_jax.nets import layers
+
+
+def resize(x: jax.Array, size: tuple[int, int], method: str) -> jax.Array:
+    """[b, h, w, c] to [b, *size, c] in float32, as torch; see `resample`.
+
+    `jax.image.resize` antialiases and has another cubic, so published weights would
+    see other pictures.
+    """
+    rows, columns = (
+        jnp.asarray(resample.matrix(n, m, method), jnp.float32)
+        for n, m in zip(x.shape[1:3], size, strict=True)
+    )
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, x.astype(jnp.float32), columns)
 
 
 class ClassEmbedder(nn.Module):
@@ -24,6 +39,8 @@ class ClassEmbedder(nn.Module):
 class SpatialRescaler(nn.Module):
     """Maps [b, h, w, c] resized `n_stages` times by `multiplier` (`SpatialRescaler`).
 
+    `method` is one of resample.METHODS; the reference's area is `adaptive`.
+
     `out_channels` adds a 1x1 convolution, the channel mapper.
     """
 
@@ -38,7 +55,7 @@ class SpatialRescaler(nn.Module):
         del deterministic
         for _ in range(self.n_stages):
             h, w = (int(side * self.multiplier) for side in x.shape[1:3])
-            x = resize.resize(x, (h, w), self.method)
+            x = resize(x, (h, w), self.method)
         if self.out_channels is not None:
             mapper = layers.Dense(
                 self.out_channels, use_bias=self.bias, name="channel_mapper"

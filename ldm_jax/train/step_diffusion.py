@@ -48,12 +48,8 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
         z = first_stage_lib.sample_moments(
             model.autoencoder, first_stage, moments, keys[LATENT]
         )
-        tools = model_lib.make_tools(
-            model,
-            first_stage,
-            jax.random.split(keys[TOOLS], len(z)),
-            training=not deterministic,
-        )
+        row_keys = jax.random.split(keys[TOOLS], len(z))
+        tools = model_lib.make_tools(model, first_stage, row_keys)
         cond = conditioning.encode(
             model.conditioners,
             params["conditioners"],

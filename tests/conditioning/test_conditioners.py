@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ldm_jax import resample
 from ldm_jax.conditioning import conditioners, kinds, pictures
 from ldm_jax.conditioning.conditioners import Setting, Tools
 from ldm_jax.config import UserError
-from ldm_jax.nets import embedders, layers, resize
+from ldm_jax.nets import embedders, layers
 from tests import parity, runs
 
 SETTING = Setting(16, (4, 4, 3), runs.tokenizer())
@@ -39,7 +40,6 @@ def _columns(n):
         "image": rng.integers(0, 256, (n, 16, 16, 3), np.uint8),
         "mask": rng.integers(0, 2, (n, 16, 16)).astype(np.uint8),
         "depth": rng.random((n, 16, 16)).astype(np.float32),
-        "neighbours": rng.normal(size=(n, 2, 6)).astype(np.float32),
     }
 
 
@@ -60,7 +60,6 @@ CASES = {
     "inpainting": ({}, {"concat": (4, 4, 4)}),
     "depth": ({}, {"concat": (4, 4, 1)}),
     "image_embedding": ({}, {"vector": (24,)}),
-    "neighbours": (dict(dim=6), {"context": (2, 6)}),
 }
 
 
@@ -205,7 +204,7 @@ def test_class_embedder_is_the_references():
         ("bilinear_n1", {}),
         ("nearest_n2", dict(n_stages=2, method="nearest")),
         ("bicubic_n1", dict(method="bicubic")),
-        ("area_n1", dict(method="area")),
+        ("area_n1", dict(method="adaptive")),
         ("bilinear_mult0.25", dict(multiplier=0.25)),
         ("bicubic_mult2", dict(method="bicubic", multiplier=2)),
         ("bilinear_mult2", dict(multiplier=2)),
@@ -231,7 +230,7 @@ def test_noise_level_embedding_is_the_references():
 
 def test_resizing_knows_its_methods():
     with pytest.raises(ValueError, match="method: 'cubic'"):
-        resize.matrix(4, 2, "cubic")
+        resample.matrix(4, 2, "cubic")
 
 
 # ---- Bad input -----------------------------------------------------------------
@@ -274,11 +273,6 @@ def test_resizing_knows_its_methods():
             "mask: 8x8, but the picture is 16x16",
         ),
         ("depth", dict(depth=np.zeros((1, 8, 8))), "depth: 8x8, but resolution is 16"),
-        (
-            "neighbours",
-            dict(neighbours=np.zeros((1, 2, 5))),
-            r"neighbours: \[1, 2, 5\]; give embeddings \[n, k, 6\]",
-        ),
     ],
 )
 def test_wrong_inputs_take_one_line(kind, change, error):
