@@ -36,7 +36,18 @@ def inpainting_big() -> ConfigDict:
     config.unet = ConfigDict(dict(variant="inpainting_big"))
     config.diffusion.update(dict(linear_start=0.0015, linear_end=0.0205))
     config.diffusion_stage.loss.loss_type = "l1"
-    config.diffusion_stage.optim.update(dict(learning_rate=1e-6, scale_lr=True))
+    config.diffusion_stage.optim.update(
+        dict(learning_rate=1e-6, scale_lr=True, schedule="warmup_cosine")
+    )
+    config.diffusion_stage.optim.cycles.update(
+        dict(
+            warm_up_steps=(1000,),
+            f_start=(1e-3,),
+            f_max=(0.1,),
+            f_min=(1e-4,),
+            cycle_lengths=(50_000,),
+        )
+    )
     return config
 
 

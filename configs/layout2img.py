@@ -41,7 +41,9 @@ def openimages256() -> ConfigDict:
     """OpenImages, vq-f4, 246.28M UNet, 30 objects through 16 layers, l1."""
     config = defaults.both_stages()
     config.autoencoder = ConfigDict(dict(variant="vq_f4"))
+    # 601 classes can have boxes; the crop's two tokens make 92.
     config.conditioners.layout = layout(601, max_objects=30, dim=512, depth=16)
+    config.conditioners.layout.encode_crop = True
     config.unet = ConfigDict(dict(variant="layout2img"))
     config.diffusion.update(dict(linear_start=0.0015, linear_end=0.0205))
     config.diffusion_stage.batch_size = 24

@@ -93,16 +93,18 @@ def open_image(flag: str, path: str) -> Image.Image:
 
 def rgb(flag: str, path: str) -> np.ndarray:
     """uint8 [h, w, 3] of an 8-bit picture without transparency."""
-    image = open_image(flag, path)
+    image, deep = open_image(flag, path), False
+    with Image.open(path) as header:  # pillow cuts RGB to 8 bits without a word
+        deep = any(";16" in str(tile) for tile in header.tile)
     if image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info:
         raise UserError(
             f"{flag}: {path!r} has an alpha channel; lay it on a background and save it"
             " as RGB"
         )
-    if image.mode not in ("RGB", "L", "P"):
+    if deep or image.mode not in ("RGB", "L", "P"):
         raise UserError(
-            f"{flag}: {path!r} is of mode {image.mode}, not 8 bits a channel; save it"
-            " as 8-bit RGB"
+            f"{flag}: {path!r} has not 8 bits a channel (mode {image.mode}); save it as"
+            " 8-bit RGB"
         )
     return np.asarray(image.convert("RGB"))
 

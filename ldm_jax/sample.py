@@ -121,6 +121,8 @@ def draw(
     total = len(model.schedule.betas)
     if not 1 <= steps <= total:
         raise UserError(f"--steps: {steps}; choose from 1 to {total}")
+    if noise_level is not None:
+        check_noise_level(model, noise_level)
     n = len(next(iter(fields.values()))) if fields else count
     size = min(batch_size, n)
     guided = any(c.guided for c in model.conditioners.values())
@@ -147,6 +149,17 @@ def draw(
     return Drawn(
         np.concatenate(images)[:n], np.concatenate(rows)[:n] if trajectory else None
     )
+
+
+def check_noise_level(model: model_lib.LatentDiffusion, level: int) -> None:
+    """Raises UserError unless a condition of the model takes this level of noise."""
+    levels = [c.noise_levels for c in model.conditioners.values() if c.noise_levels]
+    if not levels:
+        raise UserError(
+            "--noise_level: no input of this model takes noise; leave it out"
+        )
+    if not 0 <= level < min(levels):
+        raise UserError(f"--noise_level: {level}; choose from 0 to {min(levels) - 1}")
 
 
 def _padded(x: np.ndarray, size: int) -> np.ndarray:

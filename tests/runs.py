@@ -60,7 +60,7 @@ def random_params(config, model, seed: int = 0):
 def untrained(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     """Writes what a finished run of `config` leaves, with random params."""
     workdir_lib.write_text(workdir_lib.config_path(workdir), config_lib.to_json(config))
-    for name in config.conditioners:
+    for name in (n for n, c in config.conditioners.items() if "tokenizer" in c):
         tokenizer().save_pretrained(workdir_lib.tokenizer_path(workdir, name))
     model = build(config)
     c = model.latent_shape[-1]

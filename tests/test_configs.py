@@ -120,6 +120,32 @@ def test_txt2img_presets_have_the_published_sizes(
 
 
 @pytest.mark.parametrize(
+    ("task", "preset", "unet"),
+    [
+        ("unconditional", "celeba256", 274.06),
+        ("unconditional", "lsun_churches256", 294.97),
+        ("class_conditional", "cin256", 394.98),
+        ("class_conditional", "cin256_v2", 400.92),
+        ("layout2img", "openimages256", 246.28),
+        ("semantic", "landscapes256", 215.23),
+        ("superres", "bsr_sr", 113.62),
+        ("inpainting", "inpainting_big", 387.25),
+        ("inpainting", "sd2", 865.93),
+        ("upscale", "x4", 473.4),
+    ],
+)
+def test_task_presets_have_the_published_sizes(task, preset, unet, small_tokenizer):
+    path = FILES[0].with_name(f"{task}.py")
+    _, (_, second, _) = _shapes_of(path, preset, small_tokenizer)
+    assert _millions(second["unet"]) == pytest.approx(
+        unet, abs=0.01 + 0.05 * (task == "upscale")
+    )
+    if task == "layout2img":  # as published, with the reference's unused to_logits
+        count = sum(x.size for x in jax.tree.leaves(second["conditioners"]))
+        assert round((count + 8192 * 513) / 1e6, 2) == 58.86
+
+
+@pytest.mark.parametrize(
     ("preset", "millions", "batch_size", "disc_start"),
     [
         ("kl_f4", 55.31, 80, 50_001),

@@ -31,6 +31,18 @@ def test_the_steps_of_all_factors_cost_the_same():
     assert per_image[0] > per_image[1] > per_image[2]
 
 
+@pytest.mark.parametrize("size", ["medium", "large"])
+def test_larger_sweeps_can_be_planned(size):
+    size = f_sweep.SIZES[size]
+    small, large = (
+        f_sweep.make_plans((8,), s, ())[0] for s in (f_sweep.SIZES["small"], size)
+    )
+    for stage, steps in large.steps.items():
+        assert steps * large.flops[stage] == pytest.approx(size.flops, rel=0.02)
+        more = size.batch * size.width  # at least: the square of the width, mostly
+        assert large.flops[stage] > more * small.flops[stage]
+
+
 def test_a_budget_below_one_step_is_an_error():
     assert f_sweep.affordable_steps(10.0, {"diffusion": 3.0}) == {"diffusion": 3}
     with pytest.raises(UserError, match=r"diffusion_stage\.batch_size: one step"):

@@ -79,7 +79,8 @@ class Conditioner:
     guidance needs (Ho & Salimans 2022): its values become `null`, one prepared row that
     stands for "no condition", or where `drop_output` what the net gives becomes zeros.
     Guidance drops all rows in its unconditional half, unless `guided` is False: a
-    picture to be completed is part of the task, not of the prompt.
+    picture to be completed is part of the task, not of the prompt. `noise_levels` is
+    how many levels of noise it can be given.
     """
 
     fields: tuple[str, ...]
@@ -91,6 +92,7 @@ class Conditioner:
     dropout: float = 0.0
     drop_output: bool = False
     guided: bool = True
+    noise_levels: int = 0
     before: Callable[[jax.Array, Tools], Any] | None = None
 
     @property

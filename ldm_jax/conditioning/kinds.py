@@ -117,12 +117,15 @@ def layout(
     net: Mapping[str, Any],
     num_classes: int,
     max_objects: int = 30,
+    encode_crop: bool = False,
     slot: str = "context",
     dropout: float = 0.1,
 ) -> Conditioner:
     """Boxes with categories as tokens through a transformer (Layout2ImgDiffusion).
 
     The order of objects means nothing, so training draws a new one for every row.
+    `encode_crop` adds the two tokens of the part of the picture that is shown, which
+    is all of it.
     """
     del setting
 
@@ -133,6 +136,7 @@ def layout(
             categories,
             num_classes=num_classes,
             max_objects=max_objects,
+            encode_crop=encode_crop,
         )
 
     null = prepare(np.zeros((1, 1, 4)), np.full((1, 1), -1))[0]

@@ -110,7 +110,12 @@ def noisy_low_res(
         x, level = _to_float(x), _level(tools, len(x), max_noise_level, noise_level)
         return denoiser.q_sample(schedule, x, level, _noise(tools, x)), level
 
-    return dataclasses.replace(plain, slots=("concat", "vector"), before=before)
+    return dataclasses.replace(
+        plain,
+        slots=("concat", "vector"),
+        noise_levels=max_noise_level,
+        before=before,
+    )
 
 
 def inpainting(setting: Setting, *, convention: str = "sd") -> Conditioner:
@@ -236,6 +241,7 @@ def image_embedding(
         null=np.full((side, side, 3), GREY, np.uint8),
         dropout=dropout,
         drop_output=True,
+        noise_levels=max_noise_level,
         before=before,
     )
 

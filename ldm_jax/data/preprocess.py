@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from ldm_jax.config import UserError
 from ldm_jax.data.tf_cpu import tf
 
+RANDOM = ("random_crop", "flip_lr")
 OPS = ("resize", "center_crop", "random_crop", "flip_lr", "pad", "to_float")
 
 

@@ -18,7 +18,7 @@ from ldm_jax import sample
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
-from ldm_jax.data import pipeline, sources
+from ldm_jax.data import pipeline, preprocess, sources
 from ldm_jax.diffusion import objective, schedules
 from ldm_jax.evaluate import run_report
 from ldm_jax.train import alarms as alarms_lib
@@ -35,6 +35,7 @@ from ldm_jax.train import stage as stage_lib
 from ldm_jax.train import state as train_state
 
 STAGES = ("autoencoder", "diffusion")
+PLACELESS = ("caption", "label")  # conditions that say nothing of where
 
 
 class StopSignal:
@@ -135,6 +136,20 @@ def check_field(name: str, field: str, source: sources.Source) -> None:
             f"conditioners.{name}.field: {field!r} is not in the data, which has"
             f" {', '.join(source.fields)}"
         )
+
+
+def check_ops(
+    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion
+) -> None:
+    """Conditions are prepared once, so no random op may move the picture from them."""
+    moved = [op for op, _ in config.data.ops if op in preprocess.RANDOM]
+    for name, conditioner in model.conditioners.items():
+        places = set(conditioner.fields) - set(PLACELESS)
+        if places and moved:
+            raise UserError(
+                f"data.ops: {moved[0]} moves the picture, but not the"
+                f" {sorted(places)[0]} of conditioners.{name}; take it out"
+            )
 
 
 def make_tokenizers(
@@ -432,6 +447,7 @@ def train(
             for field in conditioner.fields:
                 check_field(name, field, train_source)
                 check_field(name, field, heldout_source)
+        check_ops(config, model)
         step_diffusion.check_weights(model)
     finished = checkpoint.Checkpoints(workdir / "autoencoder").finished()
     taken = handover.is_taken(config)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from ldm_jax import config as config_lib
+from ldm_jax.config import UserError
 from ldm_jax.train import __main__ as train_main
 from ldm_jax.train import checkpoint, loop
 from tests import runs
@@ -151,6 +152,7 @@ def test_missing_optional_dependency_names_the_extra(tmp_path):
         ("conditioners.text.slot=contxt", "text.slot: 'contxt'; did you mean"),
         ("conditioners.text.field=capt", "text.field: 'capt' is not in the data"),
         ("conditioners.text.trainable=False", "text.trainable: False, but a frozen"),
+        ("unet.in_channels=5", "unet.in_channels: 5, but the latent has 8 channels"),
         ("diffusion.parameterization=z", "parameterization: 'z'"),
         ("diffusion.schedule=quadratic", "'quadratic'"),
         ("diffusion_stage.optim.schedule=step", "optim.schedule: 'step'; choose"),
@@ -288,3 +290,15 @@ def test_evaluation_without_tensorflow(tmp_path):
     assert done.returncode == 2
     assert "error: tensorflow: not installed" in done.stderr
     assert "pip install 'ldm_jax[train]'" in done.stderr
+
+
+def test_random_ops_move_pictures_away_from_their_conditions():
+    config = config_lib.load(f"{runs.CONFIGS / 'inpainting'}.py:debug")
+    model = runs.build(config)
+    loop.check_ops(config, model)
+    config.data.ops = (("flip_lr", {}), ("to_float", {}))
+    with pytest.raises(UserError, match="flip_lr moves the picture, but not the image"):
+        loop.check_ops(config, model)
+    config = runs.debug()
+    config.data.ops = (("flip_lr", {}), ("to_float", {}))
+    loop.check_ops(config, runs.build(config))  # a caption says nothing of where
