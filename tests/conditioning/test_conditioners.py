@@ -155,6 +155,13 @@ def test_noise_levels_are_drawn_or_given():
     assert (np.asarray(given) == 3).all()
 
 
+@pytest.mark.parametrize("key", [None, jax.random.key(3)])
+def test_levels_are_drawn_in_training_only(key):
+    table, params, batch = _made("noisy_low_res", 64)
+    levels = conditioners.encode(table, params, batch, key, tools(64)).vector
+    assert len(np.unique(levels)) == 1 if key is None else len(np.unique(levels)) > 32
+
+
 # ---- Parity --------------------------------------------------------------------
 
 

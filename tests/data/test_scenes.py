@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import UserError
-from ldm_jax.data import degrade, masks, openmoji_scenes, sources
+from ldm_jax.data import degrade, derive, masks, openmoji_scenes, sources
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +180,20 @@ def test_derived_columns_are_the_same_in_every_run():
         assert (first.fields[name] != heldout.fields[name]).any()
     with pytest.raises(UserError, match="data.derive.lowres"):
         sources.load_splits(data | dict(derive=dict(lowres={})), 16)
+
+
+def test_each_picture_of_each_split_is_degraded_by_its_own_draws(monkeypatch):
+    def draw(image, factor, kind, rng):
+        return rng.integers(0, 256, (4, 4, 3), np.uint8)
+
+    monkeypatch.setattr(degrade, "degrade", draw)
+    source = sources.load("synthetic", "train", resolution=16, count=3)
+    made = {}
+    for split in ("train", "heldout"):
+        derived = derive.add(source, dict(low_res={}), split, (("to_float", {}),))
+        made[split] = derived.fields["low_res"]
+    rows = np.concatenate(list(made.values())).reshape(6, -1)
+    assert len(np.unique(rows, axis=0)) == 6
 
 
 def test_holes_are_large_and_now_and_then_everything():
