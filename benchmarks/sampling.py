@@ -12,8 +12,8 @@ import numpy as np
 
 from benchmarks import common
 from ldm_jax import config as config_lib
+from ldm_jax import draw as draw_lib
 from ldm_jax import model as model_lib
-from ldm_jax import sample
 from ldm_jax.conditioning import conditioners as conditioning
 
 
@@ -37,13 +37,13 @@ def main() -> None:
     fields = conditioning.null_rows(model.conditioners, b)
 
     def draw() -> np.ndarray:
-        return sample.draw(
+        return draw_lib.draw(
             model,
             params,
             first_stage,
             fields,
             count=b,
-            steps=args.steps,
+            settings=draw_lib.Settings(steps=args.steps),
             guidance_scale=args.guidance,
             batch_size=b,
         ).images

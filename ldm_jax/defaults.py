@@ -129,6 +129,7 @@ def both_stages() -> ConfigDict:
     config.diffusion.timesteps = 1000
     config.diffusion.linear_start = 0.00085
     config.diffusion.linear_end = 0.012
+    config.diffusion.zero_terminal_snr = False  # True wants v or x0
 
     config.unet = ConfigDict()
 
@@ -141,12 +142,43 @@ def both_stages() -> ConfigDict:
             original_elbo_weight=0.0,
             learn_logvar=False,
             logvar_init=0.0,
+            min_snr_gamma=None,  # 5.0 is the paper's
+            offset_noise=0.0,  # 0.05 to 0.1 where it is wanted
+            timestep_sampling="uniform",  # uniform | logit_normal
+            logit_mean=0.0,
+            logit_std=1.0,
         )
     )
 
     config.sample = ConfigDict()
     config.sample.steps = 50
     config.sample.guidance_scale = 3.0
+    return config
+
+
+def sigma_process(config: ConfigDict, scaling: str = "edm") -> ConfigDict:
+    """Diffusion over noise levels instead of timesteps, as in EDM and SGM.
+
+    Latents have unit variance, so `sigma_data` is 1.
+    """
+    config.diffusion = ConfigDict(
+        dict(
+            schedule="sigma",
+            parameterization=scaling,  # edm | eps | v | v_edm_noise
+            sigma_min=0.002,
+            sigma_max=80.0,
+            sigma_data=1.0,
+        )
+    )
+    config.diffusion_stage.loss = ConfigDict(
+        dict(
+            loss_type="l2",
+            weighting="edm",  # edm | eps | v | unit
+            log_mean=-0.4,  # of ln sigma; EDM's -1.2 is for a sigma_data of 0.5
+            log_std=1.2,
+            offset_noise=0.0,
+        )
+    )
     return config
 
 

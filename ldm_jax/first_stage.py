@@ -28,10 +28,10 @@ def downsampling(net: nn.Module) -> int:
     return 2 ** (len(net.ch_mult) - 1)
 
 
-def latent_shape(net: nn.Module, resolution: int) -> tuple[int, int, int]:
-    """(h, w, c) of the latent of a `resolution`-pixel square image."""
-    side = resolution // downsampling(net)
-    return side, side, net.embed_dim
+def latent_shape(net: nn.Module, size: tuple[int, int]) -> tuple[int, int, int]:
+    """(h, w, c) of the latent of an image of `size` [H, W]."""
+    factor = downsampling(net)
+    return size[0] // factor, size[1] // factor, net.embed_dim
 
 
 def encode_moments(net: nn.Module, params: Any, x: jax.Array) -> jax.Array:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ from ldm_jax import first_stage
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.conditioning import kinds
 from ldm_jax.config import UserError, construct, nearest
-from ldm_jax.diffusion import denoiser, schedules
+from ldm_jax.diffusion import denoiser, edm, schedules, tiling
 from ldm_jax.nets import autoencoder, unet
 
 
@@ -26,7 +26,7 @@ class LatentDiffusion:
     autoencoder: nn.Module
     unet: nn.Module
     conditioners: dict[str, conditioning.Conditioner]
-    schedule: schedules.Schedule
+    schedule: denoiser.Schedule
     parameterization: str
     latent_shape: tuple[int, int, int]
 
@@ -107,14 +107,18 @@ def read_remap(path: str, n_embed: int) -> tuple[int, ...]:
 
 
 def build(
-    config: ml_collections.ConfigDict, tokenizer_of: Mapping[str, Any]
+    config: ml_collections.ConfigDict,
+    tokenizer_of: Mapping[str, Any],
+    size: tuple[int, int] | None = None,
 ) -> LatentDiffusion:
-    """Assembles the nets of a config; `tokenizer_of` names each text conditioner's."""
+    """Assembles the nets of a config; `tokenizer_of` names each text conditioner's.
+
+    `size` [H, W] is that of the pictures, the config's resolution unless given.
+    """
     net = build_autoencoder(config)
-    diffusion = config.diffusion.to_dict()
-    parameterization = diffusion.pop("parameterization")
-    schedule = construct("diffusion", schedules.make_schedule, diffusion)
-    shape = first_stage.latent_shape(net, config.resolution)
+    size = size or (config.resolution, config.resolution)
+    schedule, parameterization = build_process(config)
+    shape = first_stage.latent_shape(net, size)
     unet_kwargs = kwargs_of("unet", config.unet, unet.VARIANTS)
     unet_kwargs["dtype"] = compute_dtype(config.dtype)
     if unet_kwargs["out_channels"] != shape[-1]:
@@ -125,15 +129,34 @@ def build(
     model = LatentDiffusion(
         autoencoder=net,
         unet=construct("unet", unet.UNet, unet_kwargs),
-        conditioners=kinds.build(
-            config.conditioners, config.resolution, shape, tokenizer_of
-        ),
+        conditioners=kinds.build(config.conditioners, size, shape, tokenizer_of),
         schedule=schedule,
         parameterization=parameterization,
         latent_shape=shape,
     )
     check_channels(config, model)
     return model
+
+
+def build_process(
+    config: ml_collections.ConfigDict,
+) -> tuple[denoiser.Schedule, str]:
+    """The noise process of `config.diffusion`, and what the net predicts under it.
+
+    With the schedule "sigma" the time is the noise level, and the parameterization
+    names a preconditioning of edm.py.
+    """
+    section = config.diffusion.to_dict()
+    parameterization = section.pop("parameterization")
+    if section["schedule"] == "sigma":
+        del section["schedule"]
+        edm.check_scaling(parameterization)
+        return construct(
+            "diffusion", schedules.SigmaSchedule, section
+        ), parameterization
+    schedule = construct("diffusion", schedules.make_schedule, section)
+    schedules.check_learnable(schedule, parameterization)
+    return schedule, parameterization
 
 
 def check_channels(config: ml_collections.ConfigDict, model: LatentDiffusion) -> None:
@@ -186,7 +209,7 @@ def init_diffusion(
     }
     params = {"unet": variables["params"], "conditioners": trained}
     settings = config.diffusion_stage.loss
-    if settings.learn_logvar:
+    if settings.get("learn_logvar"):
         steps = len(model.schedule.betas)
         params["logvar"] = jnp.full([steps], settings.logvar_init, jnp.float32)
     return params
@@ -262,15 +285,34 @@ def apply_unet(
 def make_denoiser(
     model: LatentDiffusion,
     params: Mapping[str, Any],
-    cond: conditioning.Conditioning,
-    uncond: conditioning.Conditioning | None = None,
-    guidance_scale: jax.Array | float | None = None,
-):
-    """`denoise(z_t, t) -> (x0_hat, eps_hat)` of these params, guided if `uncond`."""
+    conds: Sequence[conditioning.Conditioning],
+    scales: Sequence[denoiser.Scale] = (),
+    *,
+    guidance_rescale: jax.Array | float | None = None,
+    window: tuple[int, int] | None = None,
+) -> denoiser.Denoise:
+    """`denoise(z_t, t) -> (x0_hat, eps_hat)` of these params, guided by `scales`.
+
+    `conds` are for more and more conditions, see `denoiser.make_denoiser`. `window` is
+    how much of a latent the net sees at once, [h, w], see tiling.py.
+    """
 
     def apply(z_t, t, cond):
         return apply_unet(model, params["unet"], z_t, t, cond)
 
+    if window is not None:
+        apply = tiling.tiled_apply(apply, window)
+    parameterization = model.parameterization
+    if isinstance(model.schedule, schedules.SigmaSchedule):
+        apply = edm.precondition(apply, parameterization, model.schedule.sigma_data)
+        parameterization = "x0"
+    pixels = isinstance(model.autoencoder, autoencoder.Identity)
     return denoiser.make_denoiser(
-        apply, model.schedule, model.parameterization, cond, uncond, guidance_scale
+        apply,
+        model.schedule,
+        parameterization,
+        conds,
+        scales,
+        guidance_rescale=guidance_rescale,
+        constrain=(lambda x: jnp.clip(x, -1, 1)) if pixels else None,
     )

@@ -83,7 +83,7 @@ def test_every_preset_builds(path, preset, small_tokenizer):
     config = _module(path).get_config(preset)
     assert config.preset == preset
     net, first = _first_stage(config)
-    h, w, c = first_stage.latent_shape(net, config.resolution)
+    h, w, c = first_stage.latent_shape(net, (config.resolution,) * 2)
     assert h == w <= config.resolution
     if first["autoencoder"]:  # diffusion on pixels has none
         assert first["autoencoder"]["decoder"]["conv_out"]["kernel"].shape[-1] == 3

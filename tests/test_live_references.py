@@ -73,8 +73,8 @@ def test_ddim_is_that_of_diffusers(parameterization):
         wave = jnp.sin(t.astype(jnp.float32) / 100)[:, None, None, None]
         return 0.3 * z_t + 0.2 * jnp.tanh(z_t) + 0.1 * wave
 
-    denoise = denoiser.make_denoiser(apply, schedule, parameterization, cond=None)
-    ours, _ = samplers.sample_ddim(
+    denoise = denoiser.make_denoiser(apply, schedule, parameterization, conds=[None])
+    ours, _ = samplers.SAMPLERS["ddim"](
         denoise, jnp.asarray(z), schedule, jax.random.key(0), steps=20
     )
     np.testing.assert_allclose(ours, z_t.numpy(), atol=ATOL)

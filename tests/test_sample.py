@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 import ldm_jax
-from ldm_jax import sample
+from ldm_jax import draw, sample
 from ldm_jax.config import UserError
+from ldm_jax.diffusion import samplers
 from ldm_jax.train import checkpoint
 from tests import runs
 
@@ -77,12 +78,12 @@ def test_eta_adds_noise_of_the_seed(pictures, loaded):
 
 
 def test_guidance_and_seed_are_traced_not_compiled_in(loaded):
-    sample._draw_fn.cache_clear()
+    draw._draw_fn.cache_clear()
     for scale, seed in ((2.0, 0), (5.0, 1), (0.5, 2)):
         loaded.sample(PROMPTS, guidance_scale=scale, seed=seed)
-    assert sample._draw_fn.cache_info().misses == 1
-    settings = (loaded.model, "ddim", loaded.config.sample.steps, 0.0, True, False)
-    assert sample._draw_fn(*settings)._cache_size() == 1
+    assert draw._draw_fn.cache_info().misses == 1
+    settings = draw.Settings(steps=loaded.config.sample.steps, dropped=(("text",),))
+    assert draw._draw_fn(loaded.model, settings)._cache_size() == 1
 
 
 def test_pil_output_holds_the_same_pictures(pictures, loaded):
@@ -114,6 +115,160 @@ def test_a_long_prompt_warns_with_what_was_cut(loaded):
 def test_wrong_options_are_named(loaded, options, words):
     with pytest.raises(UserError, match=words):
         loaded.sample(**{"prompts": PROMPTS} | options)
+
+
+# ---- Where pictures begin, and what else may be asked for ----------------------------
+
+
+@pytest.fixture(scope="module")
+def photo(loaded):
+    rng = np.random.default_rng(0)
+    side = loaded.config.resolution
+    return rng.integers(0, 255, (1, side, side, 3), np.uint8)
+
+
+def test_strength_0_is_the_first_stage_s_copy_and_1_is_drawn_anew(
+    loaded, photo, pictures
+):
+    def draw(strength):
+        inputs = {"caption": PROMPTS, "init_image": photo}
+        return loaded.sample(inputs=inputs, strength=strength, steps=4)
+
+    from ldm_jax import first_stage
+
+    moments = first_stage.encode_moments(
+        loaded.model.autoencoder, loaded.first_stage.params, photo / 127.5 - 1.0
+    )
+    copies = draw(0.0)
+    again = loaded.sample(PROMPTS, steps=4)
+    assert _distance(draw(1.0), again) <= 1
+    assert _distance(copies, again) > 8
+    # The posterior is drawn from, so copies differ a little, but not by their prompts.
+    spread = np.exp(0.5 * np.asarray(moments)[..., moments.shape[-1] // 2 :]).max()
+    assert _distance(copies[0], copies[1]) < _distance(again[0], again[1]) or spread > 1
+    half = draw(0.5)
+    assert _distance(half, copies) > 1 and _distance(half, again) > 1
+
+
+def test_strength_is_traced(loaded, photo):
+    draw._draw_fn.cache_clear()
+    for strength in (0.1, 0.5, 0.9):
+        inputs = {"caption": PROMPTS[0], "init_image": photo}
+        inputs["caption"] = PROMPTS[:1]
+        loaded.sample(inputs=inputs, strength=strength)
+    settings = draw.Settings(steps=loaded.config.sample.steps, dropped=(("text",),))
+    assert draw._draw_fn(loaded.model, settings)._cache_size() == 1
+
+
+def test_what_a_mask_keeps_is_kept_to_the_pixel(loaded, photo):
+    mask = np.zeros(photo.shape[:3], np.uint8)
+    mask[:, :7, 3:] = 1
+    inputs = {"caption": PROMPTS, "init_image": photo, "mask": mask}
+    for name in ("ddim", "dpmpp_2m", "euler_ancestral"):
+        drawn = loaded.sample(inputs=inputs, sampler=name, steps=3)
+        kept = np.broadcast_to(mask[..., None] == 0, drawn.shape)
+        np.testing.assert_array_equal(drawn[kept], np.repeat(photo, 3, 0)[kept])
+        assert _distance(drawn[~kept], np.repeat(photo, 3, 0)[~kept]) > 8
+
+
+def test_inversion_brings_a_picture_back(loaded, photo):
+    """Unguided, the same steps there and back, from the same latent."""
+    inputs = {"caption": PROMPTS[:1], "init_image": photo}
+    copy = loaded.sample(inputs=inputs, strength=0.0)
+    noise = loaded.invert(photo, PROMPTS[0], steps=100)
+    assert noise.shape == (1, *loaded.model.latent_shape)
+    options = dict(guidance_scale=1.0, steps=100)
+    back = loaded.sample(PROMPTS[0], noise=noise, **options)
+    other = loaded.sample(PROMPTS[0], **options)
+
+    def error(x):
+        return np.mean(np.abs(x.astype(float) - copy))
+
+    print(error(back), error(other))
+    assert error(back) < error(other) / 4
+
+
+def test_interpolation_begins_and_ends_with_the_pictures_themselves(loaded, pictures):
+    frames = loaded.sample(PROMPTS, interpolate=5)
+    assert len(frames) == 5
+    for frame, picture in ((0, 0), (2, 1), (4, 2)):
+        assert _distance(frames[frame], pictures[picture]) <= 1
+    assert _distance(frames[1], frames[0]) > 1 and _distance(frames[1], frames[2]) > 1
+    one = loaded.sample(PROMPTS[0], count=2, interpolate=3, batch_size=2)
+    assert _distance(one[0], pictures[0]) <= 1
+
+
+def test_another_size_and_windows_of_the_trained_one(loaded):
+    side = loaded.config.resolution
+    size = (2 * side, side)
+    wide = loaded.sample(PROMPTS, size=size)
+    assert wide.shape == (3, *size, 3)
+    tiled = loaded.sample(PROMPTS, size=size, tile=True)
+    assert tiled.shape == wide.shape and _distance(tiled, wide) > 1
+    same = loaded.sample(PROMPTS, size=side, tile=True)
+    assert _distance(same, loaded.sample(PROMPTS)) <= 1
+    with pytest.raises(UserError, match="--size: 17x16; the nets need multiples of 2"):
+        loaded.sample(PROMPTS, size=(17, 16))
+
+
+def test_progress_ends_near_the_picture(loaded, pictures):
+    rows = loaded.sample(PROMPTS, progress=True)
+    steps = loaded.config.sample.steps
+    assert rows.shape == (3, steps, *pictures.shape[1:])
+
+
+def test_guidance_may_change_over_the_steps_or_be_apart(loaded, pictures):
+    same = loaded.sample(PROMPTS, guidance_scale=[3.0, 3.0])
+    assert _distance(same, pictures) <= 1
+    same = loaded.sample(PROMPTS, guidance_scale={"text": 3.0})
+    assert _distance(same, pictures) <= 1
+    assert _distance(loaded.sample(PROMPTS, guidance_scale=[9.0, 1.0]), pictures) > 1
+    assert _distance(loaded.sample(PROMPTS, guidance_rescale=1.0), pictures) > 1
+    with pytest.raises(UserError, match="--guidance: 'txt' guides nothing.*'text'"):
+        loaded.sample(PROMPTS, guidance_scale={"txt": 2.0})
+    assert sample.parse_guidance("7.5,1") == [7.5, 1.0]
+    assert sample.parse_guidance("text=2;map=3,1") == {"text": 2.0, "map": [3.0, 1.0]}
+
+
+@pytest.mark.parametrize("name", sorted(samplers.SAMPLERS.keys() - {"ddim"}))
+def test_every_sampler_draws(loaded, pictures, name):
+    drawn = loaded.sample(PROMPTS, sampler=name, steps=3)
+    assert drawn.shape == pictures.shape and drawn.std() > 8
+    assert _distance(drawn[0], drawn[1]) > 8
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(eta=0.5, sampler="heun"), "--eta: 0.5; only ddim, euler_ancestral have"),
+        (dict(eta=1.5), "--eta: 1.5; choose from 0"),
+        (dict(spacing="log"), "--spacing: 'log'; choose one of"),
+        (dict(strength=0.5), "--strength: 0.5, but there is no --init_image"),
+        (dict(interpolate=1), "--interpolate: 1 pictures between 3"),
+        (dict(noise=np.zeros([3, 4, 4, 3])), r"noise: \[4, 4, 3\]; it must be latents"),
+        (dict(inputs={"mask": np.zeros([1, 16, 16])}), "--mask: this model needs an"),
+        (
+            dict(inputs={"init_image": np.zeros([1, 9, 9, 3], np.uint8)}),
+            "init_image: 9x9, but pictures of 16x16 are drawn",
+        ),
+        (
+            dict(inputs={"init_image": np.zeros([1, 16, 16, 3])}),
+            "init_image: float64.*give 8-bit RGB",
+        ),
+        (
+            dict(
+                inputs={
+                    "init_image": np.zeros([1, 16, 16, 3], np.uint8),
+                    "mask": np.zeros([1, 9, 9]),
+                }
+            ),
+            "mask: 9x9, but the picture is 16x16",
+        ),
+    ],
+)
+def test_wrong_requests_are_named(loaded, options, words):
+    with pytest.raises(UserError, match=words):
+        loaded.sample(PROMPTS, **options)
 
 
 # ---- The command ---------------------------------------------------------------------
@@ -199,7 +354,7 @@ class Finder(importlib.machinery.PathFinder):
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 import ldm_jax
 assert "jax" not in sys.modules, "import ldm_jax must stay light"
-from ldm_jax import sample
+from ldm_jax import draw, sample
 sample.main(["--workdir={workdir}", "--prompt={prompt}", "--out={out}"])
 images = ldm_jax.load("{workdir}").sample(["{prompt}"], output="array")
 import numpy as np

@@ -34,9 +34,9 @@ class Conditioning:
 
 
 class Setting(NamedTuple):
-    """What a condition must fit: the pictures' size, the latent's, its tokenizer."""
+    """What a condition must fit: the pictures' [H, W], the latent's, its tokenizer."""
 
-    resolution: int
+    size: tuple[int, int]
     latent_shape: tuple[int, int, int]
     tokenizer: Any = None
 

@@ -178,13 +178,14 @@ KINDS: dict[str, Callable[..., Conditioner]] = {
 
 def build(
     sections: ml_collections.ConfigDict,
-    resolution: int,
+    size: tuple[int, int],
     latent_shape: tuple[int, int, int],
     tokenizer_of: Mapping[str, Any],
 ) -> dict[str, Conditioner]:
     """Builds the conditioners that a config lists, {name: Conditioner}.
 
-    `tokenizer_of` gives the tokenizer of every conditioner that reads text.
+    `size` is the pictures' [H, W], `latent_shape` [h, w, c]; `tokenizer_of` gives the
+    tokenizer of every conditioner that reads text.
     """
     conditioners = {}
     for name, section in sections.items():
@@ -201,7 +202,7 @@ def build(
                 f"conditioners.{name}.slot: {slot!r}; {nearest(slot, SLOTS)}"
             )
         kwargs.pop("tokenizer", None)
-        setting = Setting(resolution, latent_shape, tokenizer_of.get(name))
+        setting = Setting(size, latent_shape, tokenizer_of.get(name))
         conditioners[name] = construct(
             f"conditioners.{name}", functools.partial(KINDS[kind], setting), kwargs
         )

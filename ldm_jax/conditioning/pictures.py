@@ -6,6 +6,7 @@ Builders of `Conditioner`s, as in kinds.py. Pictures travel as 8 bits and are br
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import einops
@@ -34,14 +35,14 @@ def semantic(
 
     The number 255 is no class at all: zeros in every channel.
     """
-    side, n_stages = setting.resolution, _halvings(setting)
+    size, n_stages = setting.size, _halvings(setting)
 
     def prepare(maps: Any) -> np.ndarray:
         rows = np.asarray(maps)
-        if rows.shape[1:] != (side, side):
+        if rows.shape[1:] != size:
             raise UserError(
-                f"{field}: maps of {'x'.join(map(str, rows.shape[1:]))}; they must"
-                f" have the pictures' size, so give {side}x{side}"
+                f"{field}: maps of {_by(rows.shape[1:])}; they must have the pictures'"
+                f" size, so give {_by(size)}"
             )
         unknown = np.setdiff1d(np.unique(rows), [*range(num_classes), NO_CLASS])
         if unknown.size:
@@ -59,7 +60,7 @@ def semantic(
         fields=(field,),
         slots=("concat",),
         prepare=prepare,
-        null=np.full((side, side), NO_CLASS, np.uint8),
+        null=np.full(size, NO_CLASS, np.uint8),
         net=embedders.SpatialRescaler(n_stages=n_stages, out_channels=channels),
         dropout=dropout,
         before=before,
@@ -71,7 +72,7 @@ def low_res(
 ) -> Conditioner:
     """A small picture of the latent's size, as it is (bsr_sr, §6.8)."""
     size = setting.latent_shape[:2]
-    why = f"the latent of {setting.resolution} pixels is {size[0]}x{size[1]}"
+    why = f"the latent of {_by(setting.size)} pixels is {_by(size)}"
 
     def prepare(values: Any) -> np.ndarray:
         return _pictures(field, values, size, why)
@@ -129,17 +130,17 @@ def inpainting(setting: Setting, *, convention: str = "sd") -> Conditioner:
             f"conditioners.*.convention: {convention!r};"
             f" {nearest(convention, ('sd', 'ldm'))}"
         )
-    side = setting.resolution
-    stride = side // setting.latent_shape[0]
+    size = setting.size
+    stride = size[0] // setting.latent_shape[0]
 
     def prepare(images: Any, masks: Any) -> np.ndarray:
-        x = _pictures("image", images, (side, side), f"resolution is {side}")
+        x = _pictures("image", images, size, f"those of the model are {_by(size)}")
         m = np.asarray(masks)
         m = m[..., 0] if m.ndim == 4 else m
         if m.shape != x.shape[:3]:
             raise UserError(
-                f"mask: {'x'.join(map(str, m.shape[1:]))}, but the picture is"
-                f" {side}x{side}; give a mask of the same size"
+                f"mask: {_by(m.shape[1:])}, but the picture is {_by(size)}; give a mask"
+                " of the same size"
             )
         if np.setdiff1d(m, [0, 1]).size:
             raise UserError("mask: has other values than 0 (keep) and 1 (fill)")
@@ -156,7 +157,7 @@ def inpainting(setting: Setting, *, convention: str = "sd") -> Conditioner:
             return jnp.concatenate([m, z], axis=-1)
         return jnp.concatenate([z, 2 * m - 1], axis=-1)
 
-    null = np.zeros((side, side, 4), np.uint8)
+    null = np.zeros((*size, 4), np.uint8)
     null[..., 3] = 1
     return Conditioner(
         fields=("image", "mask"),
@@ -173,14 +174,14 @@ def depth(setting: Setting, *, field: str = "depth") -> Conditioner:
 
     Each map is scaled by its own extremes; a constant one becomes -1.
     """
-    side, size = setting.resolution, setting.latent_shape[0]
+    size, latent_size = setting.size, setting.latent_shape[:2]
 
     def prepare(maps: Any) -> np.ndarray:
         rows = np.asarray(maps, np.float32)
-        if rows.shape[1:] != (side, side):
+        if rows.shape[1:] != size:
             raise UserError(
-                f"{field}: {'x'.join(map(str, rows.shape[1:]))}, but resolution is"
-                f" {side}; give maps of {side}x{side}"
+                f"{field}: maps of {_by(rows.shape[1:])}; they must have the pictures'"
+                f" size, so give {_by(size)}"
             )
         if not np.isfinite(rows).all():
             raise UserError(f"{field}: has values that are not finite; mend the maps")
@@ -188,7 +189,7 @@ def depth(setting: Setting, *, field: str = "depth") -> Conditioner:
 
     def before(maps: jax.Array, tools: Tools) -> jax.Array:
         del tools
-        d = embedders.resize(maps[..., None], (size, size), "bicubic")
+        d = embedders.resize(maps[..., None], latent_size, "bicubic")
         low, high = (f(d, axis=(1, 2, 3), keepdims=True) for f in (jnp.min, jnp.max))
         return 2 * (d - low) / (high - low + 1e-3) - 1
 
@@ -196,7 +197,7 @@ def depth(setting: Setting, *, field: str = "depth") -> Conditioner:
         fields=(field,),
         slots=("concat",),
         prepare=prepare,
-        null=np.zeros((side, side), np.float32),
+        null=np.zeros(size, np.float32),
         guided=False,
         before=before,
     )
@@ -215,17 +216,17 @@ def image_embedding(
     The embedding is the run's own first stage, averaged over cells x cells parts of the
     picture: it needs no pretrained net, and its values have unit variance.
     """
-    side, (h, _, c) = setting.resolution, setting.latent_shape
-    if h % cells:
+    size, (h, w, c) = setting.size, setting.latent_shape
+    if h % cells or w % cells:
         raise UserError(
-            f"conditioners.*.cells: {cells} does not divide the latent's {h} rows;"
+            f"conditioners.*.cells: {cells} does not divide the latent's {_by((h, w))};"
             " choose a divisor"
         )
     schedule = schedules.make_schedule(schedule="squaredcos_cap_v2")
     width = cells * cells * c
 
     def prepare(images: Any) -> np.ndarray:
-        return _pictures("image", images, (side, side), f"resolution is {side}")
+        return _pictures("image", images, size, f"those of the model are {_by(size)}")
 
     def before(x: jax.Array, tools: Tools) -> jax.Array:
         z = tools.encode_image(_to_float(x), tools.keys)
@@ -238,7 +239,7 @@ def image_embedding(
         fields=("image",),
         slots=("vector",),
         prepare=prepare,
-        null=np.full((side, side, 3), GREY, np.uint8),
+        null=np.full((*size, 3), GREY, np.uint8),
         dropout=dropout,
         drop_output=True,
         noise_levels=max_noise_level,
@@ -273,7 +274,12 @@ def _level(tools: Tools, b: int, highest: int, default: int) -> jax.Array:
 
 def _halvings(setting: Setting) -> int:
     """How often the picture is halved to be as small as its latent."""
-    return round(math.log2(setting.resolution / setting.latent_shape[0]))
+    return round(math.log2(setting.size[0] / setting.latent_shape[0]))
+
+
+def _by(size: Sequence[int]) -> str:
+    """[h, w] as people write it."""
+    return "x".join(map(str, size))
 
 
 def _pictures(field: str, values: Any, size: tuple[int, int], why: str) -> np.ndarray:
@@ -286,7 +292,6 @@ def _pictures(field: str, values: Any, size: tuple[int, int], why: str) -> np.nd
         )
     if rows.shape[1:3] != tuple(size):
         raise UserError(
-            f"{field}: pictures of {rows.shape[1]}x{rows.shape[2]}; {why}, so give"
-            f" {size[0]}x{size[1]}"
+            f"{field}: pictures of {_by(rows.shape[1:3])}; {why}, so give {_by(size)}"
         )
     return rows

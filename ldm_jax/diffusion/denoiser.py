@@ -1,6 +1,6 @@
 """From a net's raw output to (x0_hat, eps_hat): parameterization and guidance."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,9 @@ from ldm_jax.diffusion import schedules
 Apply = Callable[[jax.Array, jax.Array, Any], jax.Array]
 # (z_t [b, …], t [] or [b]) -> (x0_hat, eps_hat), each [b, …]
 Denoise = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+Schedule = schedules.Schedule | schedules.SigmaSchedule
+# A guidance scale: a number, one for each example [b], or a function of t [b] to [b].
+Scale = jax.Array | float | Callable[[jax.Array], jax.Array]
 
 
 def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
@@ -28,19 +31,48 @@ def lookup(table: np.ndarray, t: jax.Array, like: jax.Array) -> jax.Array:
     return per_example(jnp.asarray(table, jnp.float32)[t], like)
 
 
+def levels(
+    schedule: Schedule, t: jax.Array, like: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """(alpha, sigma) at `t` [] or [b], shaped as by `per_example`.
+
+    Integer `t` reads the tables; fractional `t` is `Schedule.at_time`, traced. Under a
+    SigmaSchedule `t` is sigma.
+    """
+    t = jnp.asarray(t)
+    dtype = jnp.float64 if like.dtype == jnp.float64 else jnp.float32
+    if isinstance(schedule, schedules.SigmaSchedule):
+        sigma = per_example(t.astype(dtype), like)
+        return jnp.ones_like(sigma), sigma
+    alphas = schedule.sqrt_alphas_cumprod
+    sigmas = schedule.sqrt_one_minus_alphas_cumprod
+    if jnp.issubdtype(t.dtype, jnp.integer):
+        return lookup(alphas, t, like), lookup(sigmas, t, like)
+
+    def at(exact, angles):
+        """Both are sines, of complementary angles, so that neither cancels near 0."""
+        exact, angles = jnp.asarray(exact, dtype), jnp.asarray(angles, dtype)
+        angle = angles[low] + (t - whole) * (angles[high] - angles[low])
+        return per_example(jnp.where(t == whole, exact[low], jnp.sin(angle)), like)
+
+    t = t.astype(dtype)
+    whole = jnp.floor(t)
+    low = whole.astype(jnp.int32)
+    high = jnp.minimum(low + 1, len(alphas) - 1)
+    return at(alphas, np.arctan2(alphas, sigmas)), at(sigmas, schedule.angles)
+
+
 def q_sample(
-    schedule: schedules.Schedule, z: jax.Array, t: jax.Array, eps: jax.Array
+    schedule: Schedule, z: jax.Array, t: jax.Array, eps: jax.Array
 ) -> jax.Array:
     """z_t [b, …]: `z` noised to timestep `t`, [] or [b] (Ho et al. 2020, eq. 4)."""
-    return (
-        lookup(schedule.sqrt_alphas_cumprod, t, z) * z
-        + lookup(schedule.sqrt_one_minus_alphas_cumprod, t, z) * eps
-    )
+    alpha, sigma = levels(schedule, t, z)
+    return alpha * z + sigma * eps
 
 
 def target(
     parameterization: str,
-    schedule: schedules.Schedule,
+    schedule: Schedule,
     z: jax.Array,
     t: jax.Array,
     eps: jax.Array,
@@ -54,68 +86,111 @@ def target(
         return eps
     if parameterization == "x0":
         return z
-    return (
-        lookup(schedule.sqrt_alphas_cumprod, t, z) * eps
-        - lookup(schedule.sqrt_one_minus_alphas_cumprod, t, z) * z
-    )
+    alpha, sigma = levels(schedule, t, z)
+    return alpha * eps - sigma * z
 
 
 def predict(
     parameterization: str,
-    schedule: schedules.Schedule,
+    schedule: Schedule,
     out: jax.Array,
     z_t: jax.Array,
     t: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """(x0_hat, eps_hat), each [b, …], from the raw output; the inverse of `target`."""
     schedules.check_parameterization(parameterization)
-    signal = lookup(schedule.sqrt_alphas_cumprod, t, z_t)
-    sigma = lookup(schedule.sqrt_one_minus_alphas_cumprod, t, z_t)
+    alpha, sigma = levels(schedule, t, z_t)
     if parameterization == "eps":
-        return (z_t - sigma * out) / signal, out
+        return (z_t - sigma * out) / alpha, out
     if parameterization == "x0":
-        return out, (z_t - signal * out) / sigma
-    return signal * z_t - sigma * out, signal * out + sigma * z_t
+        return out, (z_t - alpha * out) / sigma
+    return alpha * z_t - sigma * out, alpha * out + sigma * z_t
 
 
-def guide(
-    uncond_out: jax.Array, cond_out: jax.Array, guidance_scale: jax.Array | float
-) -> jax.Array:
-    """Classifier-free guidance with a scale [] or [b] (Ho & Salimans 2022, eq. 6).
+def guide(outs: Sequence[jax.Array], scales: Sequence[jax.Array | float]) -> jax.Array:
+    """outs[0] + sum over k of scales[k] (outs[k + 1] - outs[k]), each [b, …].
 
-    In the convention of Stable Diffusion, where 1 is no guidance and 0 no condition.
+    `outs` are for more and more conditions, a scale is [] or [b]. Two are
+    classifier-free guidance (Ho & Salimans 2022, eq. 6) in the convention of Stable
+    Diffusion, where 1 is no guidance and 0 no condition; three guide for two conditions
+    apart (Brooks et al. 2023, eq. 3).
     """
-    scale = per_example(jnp.asarray(guidance_scale, jnp.float32), cond_out)
-    return uncond_out + scale * (cond_out - uncond_out)
+    out = outs[0]
+    for scale, less, more in zip(scales, outs, outs[1:], strict=False):
+        scale = per_example(jnp.asarray(scale, jnp.float32), out)
+        out = out + scale * (more - less)
+    return out
+
+
+def rescale(out: jax.Array, cond_out: jax.Array, phi: jax.Array | float) -> jax.Array:
+    """Takes a part `phi` [] or [b] of the contrast out that guidance put into `out`.
+
+    At 1 each example has the standard deviation of `cond_out`; both are [b, …] (Lin et
+    al. 2023, eq. 15 and 16).
+    """
+    axes = tuple(range(1, out.ndim))
+    wanted = jnp.std(cond_out, axes, keepdims=True)
+    factor = wanted / jnp.std(out, axes, keepdims=True)
+    phi = per_example(jnp.asarray(phi, jnp.float32), out)
+    return out * (phi * factor + (1 - phi))
 
 
 def make_denoiser(
     apply: Apply,
-    schedule: schedules.Schedule,
+    schedule: Schedule,
     parameterization: str,
-    cond: Any,
-    uncond: Any = None,
-    guidance_scale: jax.Array | float | None = None,
+    conds: Sequence[Any],
+    scales: Sequence[Scale] = (),
+    *,
+    guidance_rescale: jax.Array | float | None = None,
+    score: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    constrain: Callable[[jax.Array], jax.Array] | None = None,
 ) -> Denoise:
     """The denoiser that samplers see: `denoise(z_t, t) -> (x0_hat, eps_hat)`.
 
-    `cond` and `uncond` are pytrees of [b, …] arrays of one structure. Without `uncond`
-    nothing is guided and `guidance_scale` plays no part; with it the net is called once
-    on [uncond, cond], and its raw output is guided before it is converted.
+    `conds` are pytrees of [b, …] arrays of one structure, for more and more conditions:
+    [cond], or [uncond, cond] with one of `scales`, or one more of each for every
+    condition that is guided apart. The net is called once on all of them, in their
+    order, and its raw outputs are guided (see `guide`) before they are converted.
+
+    `guidance_rescale` in [0, 1] is `phi` of `rescale`. `score(z_t, t)` is the gradient
+    of log p(y | z_t), see guidance.py. `constrain` maps x0_hat to what it may be (a
+    clip, a codebook), and eps_hat follows.
     """
-    schedules.check_parameterization(parameterization)
-    if uncond is not None and guidance_scale is None:
-        raise ValueError("guidance_scale: None, but uncond is given; give a number")
+    schedules.check_learnable(schedule, parameterization)
+    n = len(conds)
+    if len(scales) != n - 1:
+        raise ValueError(
+            f"guidance: {n} conds with {len(scales)} scales; give {n - 1} scales"
+        )
+
+    def raw(z_t, t):
+        if n == 1:
+            return apply(z_t, t, conds[0]).astype(jnp.float32)
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conds)
+        copies = jnp.concatenate([z_t] * n), jnp.concatenate([t] * n)
+        outs = jnp.split(apply(*copies, stacked).astype(jnp.float32), n)
+        out = guide(outs, [scale(t) if callable(scale) else scale for scale in scales])
+        if guidance_rescale is not None:
+            out = rescale(out, outs[-1], guidance_rescale)
+        return out
 
     def denoise(z_t, t):
-        t = jnp.broadcast_to(jnp.asarray(t, jnp.int32), z_t.shape[:1])
-        if uncond is None:
-            out = apply(z_t, t, cond).astype(jnp.float32)
-        else:
-            both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
-            twice = jnp.concatenate([z_t, z_t]), jnp.concatenate([t, t])
-            out = apply(*twice, both).astype(jnp.float32)
-            out = guide(*jnp.split(out, 2), guidance_scale)
-        return predict(parameterization, schedule, out, z_t, t)
+        t = jnp.asarray(t)
+        whole = jnp.issubdtype(t.dtype, jnp.integer)
+        t = t.astype(jnp.int32 if whole else jnp.float32)
+        t = jnp.broadcast_to(t, z_t.shape[:1])
+        x0_hat, eps_hat = predict(parameterization, schedule, raw(z_t, t), z_t, t)
+        if score is None and constrain is None:
+            return x0_hat, eps_hat
+        alpha, sigma = levels(schedule, t, z_t)
+        if score is not None:
+            eps_hat -= sigma * score(z_t, t)  # Dhariwal & Nichol 2021, algorithm 2
+            # Pure noise has no score: the classifier knows no more there than before.
+            x0_hat = jnp.where(alpha > 0, (z_t - sigma * eps_hat) / alpha, x0_hat)
+        if constrain is not None:
+            x0_hat = constrain(x0_hat)
+            eps_hat = (z_t - alpha * x0_hat) / sigma
+        return x0_hat, eps_hat
 
     return denoise

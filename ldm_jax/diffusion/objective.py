@@ -4,11 +4,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ldm_jax.config import UserError
 from ldm_jax.diffusion import denoiser, schedules
 
 LOSS_TYPES = ("l2", "l1")
+TIMESTEP_SAMPLING = ("uniform", "logit_normal")
 QUARTILES = 4
 
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -41,9 +43,74 @@ def simple_loss(
     check_loss_type(loss_type)
     target = denoiser.target(parameterization, schedule, z, t, eps)
     out = apply(denoiser.q_sample(schedule, z, t, eps), t, cond)
-    error = out.astype(jnp.float32) - target
-    error = jnp.abs(error) if loss_type == "l1" else jnp.square(error)
-    return jnp.mean(error, axis=tuple(range(1, z.ndim)))
+    return mean_error(out.astype(jnp.float32) - target, loss_type)
+
+
+def mean_error(difference: jax.Array, loss_type: str) -> jax.Array:
+    """Mean square (l2) or magnitude (l1) of each example of [b, …]: [b]."""
+    check_loss_type(loss_type)
+    error = jnp.abs if loss_type == "l1" else jnp.square
+    return jnp.mean(error(difference), axis=tuple(range(1, difference.ndim)))
+
+
+def min_snr_weights(
+    schedule: schedules.Schedule, parameterization: str, gamma: float
+) -> np.ndarray:
+    """Weights of the simple loss, float64 [T] (Hang et al. 2023, section 3.4).
+
+    All three weigh the error of x0_hat by min(SNR, gamma): for `x0` that is the weight,
+    for `eps` it is divided by SNR, for `v` by SNR + 1. At a zero terminal SNR none is
+    infinite; those of x0 and v are 0 there.
+    """
+    if gamma <= 0:
+        raise UserError(f"loss.min_snr_gamma: {gamma}; choose more than 0, such as 5")
+    schedules.check_learnable(schedule, parameterization)
+    bar = schedule.alphas_cumprod
+    snr = bar / (1 - bar)
+    if parameterization == "eps":
+        return np.minimum(1, gamma / snr)
+    clipped = np.minimum(snr, gamma)
+    return clipped if parameterization == "x0" else clipped / (snr + 1)
+
+
+def check_timestep_sampling(sampling: str) -> None:
+    """Raises UserError unless `sampling` is one of TIMESTEP_SAMPLING."""
+    if sampling not in TIMESTEP_SAMPLING:
+        legal = ", ".join(TIMESTEP_SAMPLING)
+        raise UserError(f"loss.timestep_sampling: {sampling!r}; choose one of {legal}")
+
+
+def draw_timesteps(
+    key: jax.Array,
+    b: int,
+    steps: int,
+    sampling: str = "uniform",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> jax.Array:
+    """[b] int32 timesteps of `steps` = T.
+
+    `logit_normal` has the logit of t / T normal (Esser et al. 2024, eq. 19): more of
+    the middle, or of one end by `logit_mean`.
+    """
+    check_timestep_sampling(sampling)
+    if sampling == "uniform":
+        return jax.random.randint(key, [b], 0, steps)
+    place = jax.nn.sigmoid(logit_mean + logit_std * jax.random.normal(key, [b]))
+    return jnp.minimum((place * steps).astype(jnp.int32), steps - 1)
+
+
+def draw_noise(key: jax.Array, z: jax.Array, offset_noise: float = 0.0) -> jax.Array:
+    """Standard normal noise like `z` [b, …, c], float32.
+
+    `offset_noise` times another normal number is added to each example's channel as a
+    whole, so that a net learns to change what a picture's mean is.
+    """
+    eps = jax.random.normal(key, z.shape)
+    if offset_noise:
+        shape = (z.shape[0], *[1] * (z.ndim - 2), z.shape[-1])
+        eps += offset_noise * jax.random.normal(jax.random.fold_in(key, 1), shape)
+    return eps
 
 
 def diffusion_loss(
@@ -58,6 +125,11 @@ def diffusion_loss(
     logvar: jax.Array | None = None,
     l_simple_weight: float = 1.0,
     original_elbo_weight: float = 0.0,
+    min_snr_gamma: float | None = None,
+    offset_noise: float = 0.0,
+    timestep_sampling: str = "uniform",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
     t: jax.Array | None = None,
     eps: jax.Array | None = None,
     mask: jax.Array | None = None,
@@ -66,20 +138,22 @@ def diffusion_loss(
 
     An example's loss is l_simple_weight (simple / exp(logvar[t]) + logvar[t])
     + original_elbo_weight lvlb_weights[t] simple; `logvar` [T] is zero where None.
-    `t` int32 [b] and `eps` are drawn from `key` unless given. `mask` [b] is 0 on the
-    rows that pad the batch; the rest are averaged.
+    `min_snr_gamma` multiplies the first term by `min_snr_weights`.
+    `t` int32 [b] and `eps` are drawn from `key`, see `draw_timesteps` and `draw_noise`,
+    unless given. `mask` [b] is 0 on the rows that pad the batch; the rest are averaged.
 
     Metrics: loss, loss_simple, loss_vlb, and the loss by quartile of the timesteps,
     loss_q0 (least noise) … loss_q3. Sums and counts of the quartiles add up to those of
     the loss, so pooling them over batches and hosts is exact.
     """
+    schedules.check_learnable(schedule, parameterization)
     t_key, eps_key = jax.random.split(key)
     b, steps = z.shape[0], len(schedule.betas)
     z = z.astype(jnp.float32)
     if t is None:
-        t = jax.random.randint(t_key, [b], 0, steps)
+        t = draw_timesteps(t_key, b, steps, timestep_sampling, logit_mean, logit_std)
     if eps is None:
-        eps = jax.random.normal(eps_key, z.shape)
+        eps = draw_noise(eps_key, z, offset_noise)
 
     simple = simple_loss(
         apply,
@@ -94,22 +168,34 @@ def diffusion_loss(
     weights = schedules.lvlb_weights(schedule, parameterization)
     vlb = jnp.asarray(weights, jnp.float32)[t] * simple
     weighted = simple
+    if min_snr_gamma is not None:
+        by_snr = min_snr_weights(schedule, parameterization, min_snr_gamma)
+        weighted *= jnp.asarray(by_snr, jnp.float32)[t]
     if logvar is not None:
-        weighted = simple / jnp.exp(logvar[t]) + logvar[t]
+        weighted = weighted / jnp.exp(logvar[t]) + logvar[t]
     loss = l_simple_weight * weighted + original_elbo_weight * vlb
+    return metrics(loss, simple, {"loss_vlb": vlb}, t * QUARTILES // steps, mask)
 
+
+def metrics(
+    loss: jax.Array,
+    simple: jax.Array,
+    others: dict[str, jax.Array],
+    quartile: jax.Array,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, Metrics]:
+    """The mean [] of `loss` [b] where `mask` [b] isn't 0, and `diffusion_loss`'s pairs.
+
+    `quartile` int32 [b] says which of 0 … 3 an example's noise belongs to.
+    """
     mask = jnp.ones_like(loss) if mask is None else mask.astype(jnp.float32)
 
     def pair(values, mask):
         return jnp.sum(values * mask), jnp.sum(mask)
 
-    metrics = {
-        "loss": pair(loss, mask),
-        "loss_simple": pair(simple, mask),
-        "loss_vlb": pair(vlb, mask),
-    }
-    quartile = t * QUARTILES // steps
+    pairs = {"loss": pair(loss, mask), "loss_simple": pair(simple, mask)}
+    pairs |= {name: pair(values, mask) for name, values in others.items()}
     for q in range(QUARTILES):
-        metrics[f"loss_q{q}"] = pair(loss, jnp.where(quartile == q, mask, 0.0))
-    total, count = metrics["loss"]
-    return total / count, metrics
+        pairs[f"loss_q{q}"] = pair(loss, jnp.where(quartile == q, mask, 0.0))
+    total, count = pairs["loss"]
+    return total / count, pairs

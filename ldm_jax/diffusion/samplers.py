@@ -1,147 +1,198 @@
-"""Samplers: free functions of a denoiser, a start and float64 tables; one scan each."""
+"""Samplers: free functions of a denoiser, a start and float64 tables; one scan each.
 
-from typing import NamedTuple
+Every step here and in the files beside is a step of DDIM, alpha' x0_hat + sigma'
+eps_hat, and what the sampler adds to it. That is finite from pure noise (alpha = 0) and
+down to a clean latent (sigma' = 0), where the usual forms divide by zero.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import UserError
-from ldm_jax.diffusion import denoiser, schedules
-
-SPACINGS = ("uniform", "quad")
-
-
-class DDIMTables(NamedTuple):
-    """What each step of DDIM needs, [S] numpy, from the least to the most noise."""
-
-    t: np.ndarray  # int64, what the net is told
-    alpha: np.ndarray  # alphas_cumprod where a step starts
-    alpha_prev: np.ndarray  # and where it ends
-    sigma: np.ndarray  # standard deviation of the noise that it adds
+from ldm_jax.diffusion import (
+    denoiser,
+    grids,
+    samplers_multistep,
+    samplers_singlestep,
+    schedules,
+    stepping,
+)
 
 
-def ddim_timesteps(
-    steps: int,
-    num_timesteps: int,
-    spacing: str = "uniform",
-    *,
-    reference: bool = False,
-) -> np.ndarray:
-    """Which of `num_timesteps` = T timesteps to visit: int64, ascending.
+def _noisy_steps(denoise, z, columns, key, temperature, noise, start, trajectory):
+    """Steps of signal x0_hat + direction eps_hat + spread noise; columns [S] each."""
+    t, signal, direction, spread = columns
+    keys = stepping.per_example_keys(key, z)
+    stochastic = bool(np.any(spread > 0))  # else no random bits are drawn at all
 
-    By default exactly `steps` = S distinct ones in [1, T-1]: `uniform` takes
-    1 + floor(i T / S) for i < S, `quad` takes 1 + floor(0.8 T (i / (S-1))²), moved up
-    where that would repeat one. S = T visits them all, 0 … T-1.
+    def step(state, inputs):
+        (z_t,), (i, (t, (signal, direction, spread), eps)) = state, inputs
+        x0_hat, eps_hat = denoise(z_t, stepping.full(z_t, t))
+        # Eq. 12: sqrt(alpha_prev) "predicted x0" + "direction pointing to x_t" + noise
+        z_prev = signal * x0_hat + direction * eps_hat
+        if stochastic:
+            eps = stepping.draw(keys, i, z_t) if eps is None else eps
+            z_prev += spread * temperature * eps
+        return (z_prev,), x0_hat
 
-    `reference` gives the table of `make_ddim_timesteps` instead. The two agree where S
-    divides T (uniform) or nothing repeats (quad), except at S = T. Elsewhere the
-    reference takes another number of uniform steps than asked (150 -> 167) or reaches
-    past the last timestep (300, 1000), which raises UserError here.
-    """
-    if spacing not in SPACINGS:
-        raise UserError(f"spacing: {spacing!r}; choose one of {', '.join(SPACINGS)}")
-    if not 1 <= steps <= num_timesteps:
-        raise UserError(f"steps: {steps}; choose from 1 to {num_timesteps}")
-    i = np.arange(steps)
-    quad = (np.linspace(0, (0.8 * num_timesteps) ** 0.5, steps) ** 2).astype(int)
-    if reference:
-        stride = num_timesteps // steps
-        t = 1 + (quad if spacing == "quad" else np.arange(0, num_timesteps, stride))
-        if t[-1] >= num_timesteps:
-            raise UserError(
-                f"steps: {steps} with the reference's {spacing} spacing reach timestep"
-                f" {t[-1]}, but the last one is {num_timesteps - 1}; use a smaller"
-                f" divisor of {num_timesteps}, or reference=False"
-            )
-        return t
-    if steps == num_timesteps:
-        return i
-    if spacing == "uniform":
-        return 1 + i * num_timesteps // steps
-    t = 1 + i + np.maximum.accumulate(quad - i)
-    return np.minimum(t, num_timesteps - steps + i)  # 1 + 0.8 T is T or more if T < 6
+    coefficients = stepping.table(z, signal, direction, spread)
+    rows = (stepping.times(z, t), coefficients, noise)
+    return stepping.scan(step, (z,), rows, start, trajectory)
 
 
-def ddim_tables(
-    schedule: schedules.Schedule, timesteps: np.ndarray, eta: float = 0.0
-) -> DDIMTables:
-    """Coefficients for ascending `timesteps` [S]; `eta` runs from 0 to 1.
+def ancestral_noise(grid: grids.Grid, eta: float) -> tuple[np.ndarray, np.ndarray]:
+    """(direction, spread) of each step, float64 [S]: what eps_hat and noise weigh.
 
-    sigma is Song et al. 2021, eq. 16. As in the reference, the last step ends at
-    alphas_cumprod[0] and leaves that much noise in; where timestep 0 itself is visited,
-    it ends at 1, so that all T steps with eta 1 are DDPM's ancestral sampler.
+    spread is sigma of Song et al. 2021, eq. 16, `eta` times the posterior's standard
+    deviation; direction is what it leaves of the end's noise.
     """
     if not 0 <= eta <= 1:
         raise UserError(f"eta: {eta}; choose from 0 (DDIM) to 1 (ancestral)")
-    alpha = schedule.alphas_cumprod[timesteps]
-    end = schedule.alphas_cumprod[0] if timesteps[0] > 0 else 1.0
-    alpha_prev = np.append(end, alpha[:-1])
-    variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
-    return DDIMTables(timesteps, alpha, alpha_prev, eta * np.sqrt(variance))
+    fresh = 1 - grid.shrink**2
+    direction = grid.sigma[1:] * np.sqrt(1 - eta**2 * fresh)
+    return direction, eta * grid.sigma[1:] * np.sqrt(fresh)
 
 
 def ddim(
     denoise: denoiser.Denoise,
     z: jax.Array,
-    tables: DDIMTables,
+    grid: grids.Grid,
+    key: jax.Array,
+    *,
+    eta: float = 0.0,
+    temperature: jax.Array | float = 1.0,
+    noise: jax.Array | None = None,
+    start: jax.Array | int = 0,
+    trajectory: bool = False,
+) -> stepping.Result:
+    """Denoises `z` [b, …], float32, along a grid of S steps (Song et al. 2021, eq. 12).
+
+    `key` is one typed key, or one for each example [b], which makes an example's noise
+    independent of its batch. `noise` [S, b, …], in the order of sampling, replaces what
+    would be drawn; `temperature` scales either. The first `start` steps are left out.
+    Returns the sample, and x0_hat after each step [S, b, …] if `trajectory`, else None.
+
+    At eta 0 it is Euler's method for sigma / alpha (Karras et al. 2022), of order 1;
+    above, that method with ancestral noise.
+    """
+    direction, spread = ancestral_noise(grid, eta)
+    columns = (grid.t[:-1], grid.alpha[1:], direction, spread)
+    return _noisy_steps(denoise, z, columns, key, temperature, noise, start, trajectory)
+
+
+def ddpm(
+    denoise: denoiser.Denoise,
+    z: jax.Array,
+    grid: grids.Grid,
     key: jax.Array,
     *,
     temperature: jax.Array | float = 1.0,
     noise: jax.Array | None = None,
+    start: jax.Array | int = 0,
     trajectory: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Denoises `z` [b, …], float32, in S steps (Song et al. 2021, eq. 12).
+) -> stepping.Result:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2); arguments as of `ddim`.
 
-    `key` is one typed key, or one for each example [b], which makes an example's noise
-    independent of its batch. `noise` [S, b, …], in the order of sampling, replaces what
-    would be drawn; `temperature` scales either. Returns the sample, and x0_hat after
-    each step [S, b, …] if `trajectory`, else None.
+    Its mean is that of q(z_prev | z_t, x0_hat); its variance lies between the bounds
+    of theirs as the schedule's `v_posterior` says. No noise is added at a clean end.
     """
-    keys = jax.random.split(key, z.shape[0]) if key.ndim == 0 else key
-    stochastic = bool(np.any(tables.sigma > 0))  # else no random bits are drawn at all
-    # At eta = 1 and alpha = 0, what is left for eps_hat is 0 up to rounding.
-    direction = np.sqrt(np.maximum(1 - tables.alpha_prev - tables.sigma**2, 0))
-    coefficients = np.stack([np.sqrt(tables.alpha_prev), direction, tables.sigma], 1)
-
-    def step(z_t, inputs):
-        i, t, (signal, direction, sigma), eps = inputs
-        x0_hat, eps_hat = denoise(z_t, jnp.full(z_t.shape[:1], t))
-        # Eq. 12: sqrt(alpha_prev) "predicted x0" + "direction pointing to x_t" + noise
-        z_prev = signal * x0_hat + direction * eps_hat
-        if stochastic:
-            if eps is None:
-                step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, i)
-                eps = jax.vmap(lambda k: jax.random.normal(k, z_t.shape[1:]))(step_keys)
-            z_prev += sigma * temperature * eps
-        return z_prev, x0_hat if trajectory else None
-
-    inputs = (
-        jnp.arange(len(tables.t)),
-        jnp.asarray(tables.t[::-1], jnp.int32),
-        jnp.asarray(coefficients[::-1], jnp.float32),
-        noise,
-    )
-    return jax.lax.scan(step, z, inputs)
+    alpha, sigma = grid.alpha[1:], grid.sigma[1:]
+    v = getattr(grid.schedule, "v_posterior", 0.0)
+    lower = sigma**2 * (1 - grid.shrink**2)
+    upper = grid.sigma[:-1] ** 2 - (grid.alpha[:-1] / alpha * sigma) ** 2
+    spread = np.where(sigma > 0, np.sqrt((1 - v) * lower + v * upper), 0)
+    columns = (grid.t[:-1], alpha, sigma * grid.shrink, spread)
+    return _noisy_steps(denoise, z, columns, key, temperature, noise, start, trajectory)
 
 
-def sample_ddim(
-    denoise: denoiser.Denoise,
-    z: jax.Array,
-    schedule: schedules.Schedule,
-    key: jax.Array,
-    *,
-    steps: int,
-    eta: float = 0.0,
-    temperature: jax.Array | float = 1.0,
-    trajectory: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
-    """DDIM in exactly `steps` uniform steps; see `ddim`."""
-    timesteps = ddim_timesteps(steps, len(schedule.betas))
-    tables = ddim_tables(schedule, timesteps, eta)
-    return ddim(denoise, z, tables, key, temperature=temperature, trajectory=trajectory)
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """A sampler that a user may name, with the grid that suits it.
+
+    `stochastic` says whether it draws noise by default, `eta` is its default share of
+    ancestral noise (None: it has no such option), `calls` are net calls a step.
+    """
+
+    run: Callable[..., stepping.Result]
+    stochastic: bool = False
+    eta: float | None = None
+    calls: int = 1
+    spacing: str = "trailing"
+    clean: bool = True
+
+    def grid(
+        self, schedule: denoiser.Schedule, steps: int, spacing: str | None = None
+    ) -> grids.Grid:
+        """Where it stops, in its own spacing unless another is asked for.
+
+        Under a SigmaSchedule that is Karras et al.'s; from a zero terminal SNR it is
+        trailing, so that the first step begins with pure noise.
+        """
+        if spacing is None:
+            spacing = self.spacing
+            if isinstance(schedule, schedules.SigmaSchedule):
+                spacing = "karras"
+            elif np.isinf(schedule.ratios[-1]) and spacing in ("uniform", "quad"):
+                spacing = "trailing"
+        return grids.make_grid(schedule, steps, spacing, clean=self.clean)
+
+    def check_eta(self, eta: float | None) -> None:
+        """Raises UserError unless it can take this share of ancestral noise."""
+        if eta is None:
+            return
+        if self.eta is None and eta:
+            legal = ", ".join(name for name, s in SAMPLERS.items() if s.eta is not None)
+            raise UserError(f"eta: {eta}; only {legal} have it, so leave it out")
+        if not 0 <= eta <= 1:
+            raise UserError(f"eta: {eta}; choose from 0 (DDIM) to 1 (ancestral)")
+
+    def __call__(
+        self,
+        denoise: denoiser.Denoise,
+        z: jax.Array,
+        schedule: denoiser.Schedule,
+        key: jax.Array,
+        *,
+        steps: int,
+        eta: float | None = None,
+        temperature: jax.Array | float = 1.0,
+        spacing: str | None = None,
+        start: jax.Array | int = 0,
+        trajectory: bool = False,
+        **options: Any,
+    ) -> stepping.Result:
+        """Samples in `steps` steps from `z` [b, …], float32; see `ddim` for the rest.
+
+        `z` and `start` are `grids.begin`'s; `temperature` counts where noise is drawn.
+        `options` go to `run`. UserError where `eta` isn't 0 and the sampler has none.
+        """
+        self.check_eta(eta)
+        if self.eta is not None:
+            options["eta"] = self.eta if eta is None else eta
+        if self.eta is not None or self.stochastic:
+            options["temperature"] = temperature
+        grid = self.grid(schedule, steps, spacing)
+        return self.run(
+            denoise, z, grid, key, start=start, trajectory=trajectory, **options
+        )
 
 
-# What --sampler may name: (denoise, z, schedule, key, *, steps, eta, temperature,
-# trajectory) -> (sample, x0_hat of each step or None).
-SAMPLERS = {"ddim": sample_ddim}
+# What --sampler may name.
+SAMPLERS = {
+    "ddim": Sampler(ddim, eta=0.0, spacing="uniform", clean=False),
+    "ddpm": Sampler(ddpm, stochastic=True),
+    "plms": Sampler(samplers_multistep.plms, spacing="uniform", clean=False),
+    "euler": Sampler(ddim),
+    "euler_ancestral": Sampler(ddim, stochastic=True, eta=1.0),
+    "heun": Sampler(samplers_singlestep.heun, calls=2),
+    "edm": Sampler(samplers_singlestep.edm, stochastic=True, calls=2, spacing="karras"),
+    "lms": Sampler(samplers_multistep.lms),
+    "dpmpp_2m": Sampler(samplers_multistep.dpmpp_2m),
+    "dpmpp_single2": Sampler(samplers_singlestep.dpmpp_single2, calls=2),
+    "dpmpp_single3": Sampler(samplers_singlestep.dpmpp_single3, calls=3),
+    "unipc": Sampler(samplers_multistep.unipc),
+}

@@ -36,6 +36,75 @@ class Schedule:
     posterior_log_variance_clipped: np.ndarray
     posterior_mean_coef1: np.ndarray
     posterior_mean_coef2: np.ndarray
+    v_posterior: float = 0.0
+
+    @property
+    def angles(self) -> np.ndarray:
+        """atan2(sigma, alpha), [T]: rising, and finite even where alpha is 0."""
+        return np.arctan2(self.sqrt_one_minus_alphas_cumprod, self.sqrt_alphas_cumprod)
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """sigma / alpha, [T]: the noise level of Karras et al. 2022; may end at inf."""
+        with np.errstate(divide="ignore"):
+            return self.sqrt_one_minus_alphas_cumprod / self.sqrt_alphas_cumprod
+
+    def at_time(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(alpha, sigma) at timesteps `t` in [0, T-1]; fractional ones too.
+
+        Between two timesteps the angle atan2(sigma, alpha) is linear in t, which keeps
+        alpha² + sigma² = 1 and, unlike log-SNR, has no pole at a zero terminal SNR.
+        """
+        whole = np.floor(t).astype(int)
+        angle = np.interp(t, np.arange(len(self.betas)), self.angles)
+        return (
+            np.where(whole == t, self.sqrt_alphas_cumprod[whole], np.cos(angle)),
+            np.where(
+                whole == t, self.sqrt_one_minus_alphas_cumprod[whole], np.sin(angle)
+            ),
+        )
+
+    def at_ratio(self, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(t, alpha, sigma) where sigma / alpha is `ratio`; the inverse of `at_time`.
+
+        Levels beyond the first or the last timestep get that timestep.
+        """
+        angle = np.arctan(ratio)
+        t = np.interp(angle, self.angles, np.arange(len(self.betas)))
+        return t, 1 / np.hypot(1, ratio), np.sin(angle)
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmaSchedule:
+    """A process that only adds noise, z_t = z + t eps: the time is the noise level.
+
+    That of Karras et al. 2022 ("EDM"), whose levels are theirs by default, as is
+    `sigma_data`, the standard deviation of the data.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+
+    def __post_init__(self):
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise UserError(
+                f"diffusion.sigma_min: {self.sigma_min}; choose more than 0 and less"
+                f" than sigma_max, {self.sigma_max}"
+            )
+
+    @property
+    def ratios(self) -> np.ndarray:
+        """The least and the greatest noise level."""
+        return np.array([self.sigma_min, self.sigma_max])
+
+    def at_time(self, t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(1, t)."""
+        return np.ones_like(t), t
+
+    def at_ratio(self, ratio: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(t, alpha, sigma) = (ratio, 1, ratio)."""
+        return ratio, np.ones_like(ratio), ratio
 
 
 def betas(
@@ -77,20 +146,26 @@ def make_schedule(
     cosine_s: float = 8e-3,
     v_posterior: float = 0.0,
     given_betas: Sequence[float] | np.ndarray | None = None,
+    zero_terminal_snr: bool = False,
 ) -> Schedule:
     """Computes all tables of a config's `diffusion` section.
 
     `given_betas` [T] replaces the named schedule. `v_posterior` moves the posterior
-    variance from its lower bound (0) to its upper bound beta (1).
+    variance from its lower bound (0) to its upper bound beta (1). `zero_terminal_snr`
+    makes the last timestep pure noise, which a net that predicts eps cannot learn.
     """
     if given_betas is None:
         beta = betas(schedule, timesteps, linear_start, linear_end, cosine_s)
     else:
         beta = np.asarray(given_betas, np.float64)
+    if zero_terminal_snr:
+        beta = rescaled_to_zero_terminal_snr(beta)
     bar = np.cumprod(1 - beta)
     bar_prev = np.append(1.0, bar[:-1])
     variance = (1 - v_posterior) * beta * (1 - bar_prev) / (1 - bar)
     variance += v_posterior * beta
+    with np.errstate(divide="ignore"):  # infinite at a zero terminal SNR, as it should
+        recip = 1 / bar
     return Schedule(
         betas=beta,
         alphas_cumprod=bar,
@@ -98,14 +173,25 @@ def make_schedule(
         sqrt_alphas_cumprod=np.sqrt(bar),
         sqrt_one_minus_alphas_cumprod=np.sqrt(1 - bar),
         log_one_minus_alphas_cumprod=np.log(1 - bar),
-        sqrt_recip_alphas_cumprod=np.sqrt(1 / bar),
-        sqrt_recipm1_alphas_cumprod=np.sqrt(1 / bar - 1),
+        sqrt_recip_alphas_cumprod=np.sqrt(recip),
+        sqrt_recipm1_alphas_cumprod=np.sqrt(recip - 1),
         posterior_variance=variance,
         # The posterior at t = 0 is a point, whose log variance would be -inf.
         posterior_log_variance_clipped=np.log(np.maximum(variance, 1e-20)),
         posterior_mean_coef1=beta * np.sqrt(bar_prev) / (1 - bar),
         posterior_mean_coef2=(1 - bar_prev) * np.sqrt(1 - beta) / (1 - bar),
+        v_posterior=v_posterior,
     )
+
+
+def rescaled_to_zero_terminal_snr(beta: np.ndarray) -> np.ndarray:
+    """`beta` [T] with sqrt(alphas_cumprod) shifted to end at 0 and scaled to begin as
+    before (Lin et al. 2023, algorithm 1); the last beta is 1.
+    """
+    root = np.sqrt(np.cumprod(1 - beta))
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    bar = root**2
+    return 1 - bar / np.append(1.0, bar[:-1])
 
 
 def lvlb_weights(schedule: Schedule, parameterization: str) -> np.ndarray:
@@ -134,4 +220,17 @@ def check_parameterization(parameterization: str) -> None:
         raise UserError(
             f"diffusion.parameterization: {parameterization!r}; choose one of"
             f" {', '.join(PARAMETERIZATIONS)}"
+        )
+
+
+def check_learnable(schedule: Schedule | SigmaSchedule, parameterization: str) -> None:
+    """Raises UserError unless a net may predict this under `schedule`.
+
+    At a zero terminal SNR eps is the input itself and says nothing of the image.
+    """
+    check_parameterization(parameterization)
+    if parameterization == "eps" and not np.isfinite(schedule.ratios[-1]):
+        raise UserError(
+            "diffusion.parameterization: 'eps' can't start from pure noise, which"
+            " diffusion.zero_terminal_snr=True asks for; set it to 'v' or 'x0'"
         )

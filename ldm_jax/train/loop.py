@@ -19,7 +19,6 @@ from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
 from ldm_jax.data import pipeline, preprocess, sources
-from ldm_jax.diffusion import objective, schedules
 from ldm_jax.evaluate import run_report
 from ldm_jax.train import alarms as alarms_lib
 from ldm_jax.train import (
@@ -96,8 +95,7 @@ def check(
     if "autoencoder" in config.stages:
         step_autoencoder.check(config, net, mesh)
     if "diffusion" in config.stages:
-        schedules.check_parameterization(config.diffusion.parameterization)
-        objective.check_loss_type(config.diffusion_stage.loss.loss_type)
+        step_diffusion.check(config)
     if workdir_lib.config_path(workdir).exists():
         changed = config_lib.differences(workdir_lib.read_config(workdir), config)
         if changed:

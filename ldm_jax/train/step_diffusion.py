@@ -1,5 +1,6 @@
 """Stage two: the denoising net and its trained conditioners, in the latent space."""
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -8,13 +9,13 @@ import jax
 import ml_collections
 import numpy as np
 
+from ldm_jax import draw, shown
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import model as model_lib
-from ldm_jax import sample, shown
 from ldm_jax.conditioning import conditioners as conditioning
-from ldm_jax.config import UserError
+from ldm_jax.config import UserError, nearest
 from ldm_jax.data import pipeline, sources
-from ldm_jax.diffusion import objective
+from ldm_jax.diffusion import edm, objective, schedules
 from ldm_jax.evaluate import run_report
 from ldm_jax.train import optim
 from ldm_jax.train import stage as stage_lib
@@ -34,7 +35,10 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
     The batch holds `moments`, or `image` to be encoded here, and one prepared field
     for each conditioner.
     """
-    settings = section.loss
+    settings = section.loss.to_dict()
+    for name in ("learn_logvar", "logvar_init"):  # they say what is a param
+        settings.pop(name, None)
+    sigma = isinstance(model.schedule, schedules.SigmaSchedule)
 
     def loss(params, frozen, batch, key, deterministic=False):
         keys = [jax.random.fold_in(key, purpose) for purpose in range(5)]
@@ -65,6 +69,17 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
                 model, params["unet"], z_t, t, cond, dropout_key
             )
 
+        if sigma:
+            return edm.sigma_loss(
+                apply,
+                z,
+                cond,
+                keys[NOISE],
+                scaling=model.parameterization,
+                sigma_data=model.schedule.sigma_data,
+                mask=batch.get("_mask"),
+                **settings,
+            )
         return objective.diffusion_loss(
             apply,
             model.schedule,
@@ -72,14 +87,35 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
             cond,
             keys[NOISE],
             parameterization=model.parameterization,
-            loss_type=settings.loss_type,
             logvar=params.get("logvar"),
-            l_simple_weight=settings.l_simple_weight,
-            original_elbo_weight=settings.original_elbo_weight,
             mask=batch.get("_mask"),
+            **settings,
         )
 
     return loss
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for a wrong noise process or an option of the loss."""
+    schedule, parameterization = model_lib.build_process(config)
+    settings = config.diffusion_stage.loss.to_dict()
+    learned = {"learn_logvar", "logvar_init"}
+    if isinstance(schedule, schedules.SigmaSchedule):
+        known = set(inspect.signature(edm.sigma_loss).parameters)
+    else:
+        known = set(inspect.signature(objective.diffusion_loss).parameters) | learned
+    for name in settings:
+        if name not in known:
+            hint = nearest(name, known)
+            raise UserError(f"diffusion_stage.loss.{name}: no such option; {hint}")
+    objective.check_loss_type(settings["loss_type"])
+    if isinstance(schedule, schedules.SigmaSchedule):
+        edm.check_weighting(settings["weighting"])
+        return
+    objective.check_timestep_sampling(settings["timestep_sampling"])
+    gamma = settings["min_snr_gamma"]
+    if gamma is not None:
+        objective.min_snr_weights(schedule, parameterization, gamma)
 
 
 def check_weights(model: model_lib.LatentDiffusion) -> None:
@@ -171,15 +207,14 @@ def make_stage(
             shown_fields = panel_rows(config, raw)
 
     def panels(params, frozen):
-        drawn = sample.draw(
+        drawn = draw.draw(
             model,
             params,
             frozen["first_stage"],
             prepare_fields(model, shown_fields),
             count=PANEL,
-            steps=config.sample.steps,
+            settings=draw.Settings(steps=config.sample.steps, trajectory=True),
             guidance_scale=config.sample.guidance_scale,
-            trajectory=True,
         )
         row = drawn.trajectory[0]
         every = max(len(row) // 8, 1)

@@ -98,7 +98,7 @@ def test_guidance_scale_1_is_no_guidance_and_0_no_condition(parameterization):
         return denoiser.make_denoiser(net, SCHEDULE, parameterization, *args)(z_t, t)
 
     for scale, cond in ((1.0, COND), (0.0, UNCOND), (jnp.asarray([1.0, 1.0]), COND)):
-        guided, plain = denoise(COND, UNCOND, scale), denoise(cond)
+        guided, plain = denoise([UNCOND, COND], [scale]), denoise([cond])
         np.testing.assert_allclose(guided[0], plain[0], atol=1e-5)
         np.testing.assert_allclose(guided[1], plain[1], atol=1e-5)
 
@@ -107,7 +107,8 @@ def test_each_example_may_have_its_own_scale():
     z_t, scales = normal(0, 2, 4, 4, 3), [1.5, 7.5]
 
     def denoise(scale):
-        return denoiser.make_denoiser(net, SCHEDULE, "eps", COND, UNCOND, scale)(z_t, 9)
+        conds = [UNCOND, COND]
+        return denoiser.make_denoiser(net, SCHEDULE, "eps", conds, [scale])(z_t, 9)
 
     together, _ = denoise(jnp.asarray(scales))
     for row, scale in enumerate(scales):
@@ -121,7 +122,7 @@ def test_guidance_is_one_call_with_the_unconditional_half_first():
         seen.append((z_t.shape, t, cond["a"]))
         return net(z_t, t, cond)
 
-    denoise = denoiser.make_denoiser(spy, SCHEDULE, "eps", COND, UNCOND, 3.0)
+    denoise = denoiser.make_denoiser(spy, SCHEDULE, "eps", [UNCOND, COND], [3.0])
     denoise(normal(0, 2, 4, 4, 3), jnp.int32(5))
     ((shape, t, a),) = seen
     assert shape == (4, 4, 4, 3) and t.dtype == jnp.int32 and t.tolist() == [5] * 4
@@ -130,6 +131,6 @@ def test_guidance_is_one_call_with_the_unconditional_half_first():
 
 def test_errors():
     with pytest.raises(UserError, match="'epsilon'.*eps, x0, v"):
-        denoiser.make_denoiser(net, SCHEDULE, "epsilon", COND)
-    with pytest.raises(ValueError, match="guidance_scale"):
-        denoiser.make_denoiser(net, SCHEDULE, "eps", COND, UNCOND)
+        denoiser.make_denoiser(net, SCHEDULE, "epsilon", [COND])
+    with pytest.raises(ValueError, match="2 conds with 0 scales; give 1"):
+        denoiser.make_denoiser(net, SCHEDULE, "eps", [UNCOND, COND])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import UserError
-from ldm_jax.diffusion import objective, schedules
+from ldm_jax.diffusion import denoiser, edm, objective, schedules
 
 SCHEDULE = schedules.make_schedule(linear_start=0.00085, linear_end=0.012)
 T = np.array([0, 249, 250, 640, 999, 500])
@@ -161,3 +161,162 @@ def test_unknown_loss_type_lists_the_legal_ones():
     z, _, cond = inputs()
     with pytest.raises(UserError, match="'huber'.*l2, l1"):
         run(z, cond, loss_type="huber")
+
+
+# ---- Beyond the originals ------------------------------------------------------
+
+
+@pytest.mark.parametrize("parameterization", schedules.PARAMETERIZATIONS)
+@pytest.mark.parametrize("terminal", [False, True])
+def test_min_snr_weighs_the_same_error_of_x0_whatever_is_predicted(
+    parameterization, terminal
+):
+    """min(SNR, gamma) |x0_hat - z|² of Hang et al. 2023, for eps, x0 and v alike."""
+    if terminal and parameterization == "eps":
+        pytest.skip("no net can learn that")
+    schedule = schedules.make_schedule(
+        linear_start=0.00085, linear_end=0.012, zero_terminal_snr=terminal
+    )
+    weights = objective.min_snr_weights(schedule, parameterization, 5.0)
+    assert np.isfinite(weights).all() and weights.min() >= 0
+    z, eps, _ = (jnp.asarray(x, jnp.float32) for x in inputs())
+    t = jnp.asarray([0, 100, 400, 700, 900, 998])
+    z_t = denoiser.q_sample(schedule, z, t, eps)
+    out = denoiser.target(parameterization, schedule, z, t, eps) + 0.01
+    x0_hat, _ = denoiser.predict(parameterization, schedule, out, z_t, t)
+    bar = schedule.alphas_cumprod[t]
+    expected = np.minimum(bar / (1 - bar), 5.0) * np.mean((x0_hat - z) ** 2, (1, 2, 3))
+    actual = weights[t] * 0.01**2
+    np.testing.assert_allclose(actual, expected, rtol=2e-2)
+
+
+def test_min_snr_changes_the_loss_and_nothing_else():
+    z, eps, cond = inputs()
+    options = dict(parameterization="v", t=T, eps=eps)
+    plain, metrics = run(z, cond, **options)
+    weighted, weighted_metrics = run(z, cond, **options, min_snr_gamma=5.0)
+    assert abs(plain - weighted) > 1e-3
+    np.testing.assert_array_equal(
+        metrics["loss_simple"], weighted_metrics["loss_simple"]
+    )
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sqrt_linear"])
+def test_zero_terminal_snr_keeps_the_first_step_and_ends_in_noise(name):
+    plain = schedules.make_schedule(schedule=name)
+    schedule = schedules.make_schedule(schedule=name, zero_terminal_snr=True)
+    assert schedule.alphas_cumprod[-1] == 0 and schedule.betas[-1] == 1
+    first = plain.alphas_cumprod[0]
+    np.testing.assert_allclose(schedule.alphas_cumprod[0], first, rtol=1e-12)
+    assert (np.diff(schedule.alphas_cumprod) < 0).all()
+    with pytest.raises(UserError, match="zero_terminal_snr=True.*'v' or 'x0'"):
+        schedules.check_learnable(schedule, "eps")
+
+
+@pytest.mark.parametrize("parameterization", ["x0", "v"])
+def test_the_loss_is_finite_at_a_zero_terminal_snr(parameterization):
+    z, eps, cond = inputs()
+    schedule = schedules.make_schedule(zero_terminal_snr=True)
+    loss, metrics = objective.diffusion_loss(
+        net,
+        schedule,
+        jnp.asarray(z, jnp.float32),
+        jnp.asarray(cond, jnp.float32),
+        jax.random.key(0),
+        parameterization=parameterization,
+        min_snr_gamma=5.0,
+        t=jnp.full([6], 999),
+        eps=jnp.asarray(eps, jnp.float32),
+    )
+    assert np.isfinite(loss) and np.isfinite(metrics["loss_vlb"][0])
+
+
+def test_offset_noise_shifts_whole_channels():
+    z = jnp.zeros([512, 8, 8, 3])
+    key = jax.random.key(0)
+    plain, shifted = (objective.draw_noise(key, z, level) for level in (0.0, 0.5))
+    shift = np.asarray(shifted - plain)
+    np.testing.assert_allclose(shift, shift[:, :1, :1] + np.zeros_like(z), atol=1e-6)
+    assert abs(shift[:, 0, 0].std() - 0.5) < 0.03
+    assert abs(np.corrcoef(shift[:, 0, 0].T)[0, 1]) < 0.1
+    assert abs(np.std(plain) - 1) < 0.01
+
+
+def test_logit_normal_timesteps():
+    key = jax.random.key(0)
+    t = objective.draw_timesteps(key, 4096, 1000, "logit_normal", 0.5, 2.0)
+    place = (np.asarray(t) + 0.5) / 1000
+    logit = np.log(place / (1 - place))
+    assert 0 <= t.min() and t.max() < 1000
+    assert abs(logit.mean() - 0.5) < 0.1 and abs(logit.std() - 2.0) < 0.1
+    uniform = objective.draw_timesteps(key, 4096, 1000)
+    assert abs(np.mean(uniform) - 499.5) < 15
+    with pytest.raises(UserError, match="timestep_sampling: 'cosine'"):
+        objective.draw_timesteps(jax.random.key(0), 2, 10, "cosine")
+
+
+# SGM's table (§2.11): c_skip, c_out, c_in, c_noise at sigma 2 with sigma_data 0.5.
+SGM = {
+    "edm": (0.25 / 4.25, 1 / 4.25**0.5, 1 / 4.25**0.5, np.log(2) / 4),
+    "eps": (1.0, -2.0, 1 / 5**0.5, 2.0),
+    "v": (1 / 5, -2 / 5**0.5, 1 / 5**0.5, 2.0),
+    "v_edm_noise": (1 / 5, -2 / 5**0.5, 1 / 5**0.5, np.log(2) / 4),
+}
+
+
+@pytest.mark.parametrize("scaling", edm.SCALINGS)
+def test_scalings_are_sgm_s(scaling):
+    np.testing.assert_allclose(
+        [float(x) for x in edm.scales(scaling, jnp.float32(2.0))],
+        SGM[scaling],
+        rtol=1e-6,
+    )
+
+
+def test_weightings_are_sgm_s():
+    expected = {"edm": 4.25, "v": 5 / 4, "eps": 1 / 4, "unit": 1.0}
+    for weighting, value in expected.items():
+        weight = edm.loss_weights(weighting, jnp.float32(2.0))
+        np.testing.assert_allclose(weight, value, rtol=1e-6)
+
+
+def test_sigma_loss_is_its_definition():
+    z, eps, cond = inputs()
+    sigma = np.array([0.1, 0.3, 0.5, 1.0, 3.0, 20.0])
+    loss, metrics = edm.sigma_loss(
+        net,
+        jnp.asarray(z, jnp.float32),
+        jnp.asarray(cond, jnp.float32),
+        jax.random.key(0),
+        sigma=jnp.asarray(sigma, jnp.float32),
+        eps=jnp.asarray(eps, jnp.float32),
+    )
+    s = sigma[:, None, None, None]
+    total = s**2 + 0.25
+    z_t = z + s * eps
+    out = (
+        0.3 * z_t / np.sqrt(total)
+        + (np.sin(np.log(sigma) / 4 / 300) * cond)[:, None, None, None]
+    )
+    x0_hat = 0.25 / total * z_t + 0.5 * s / np.sqrt(total) * out
+    simple = ((x0_hat - z) ** 2).mean((1, 2, 3))
+    expected = ((sigma**2 + 0.25) / (0.5 * sigma) ** 2 * simple).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss_simple"][0], simple.sum(), rtol=1e-5)
+    counts = [int(metrics[f"loss_q{q}"][1]) for q in range(4)]
+    place = (np.log(sigma) + 1.2) / 1.2
+    edges = np.searchsorted([-0.6745, 0.0, 0.6745], place)
+    assert counts == np.bincount(edges, minlength=4).tolist()
+
+
+def test_drawn_levels_are_log_normal():
+    z = jnp.zeros([4096, 1, 1, 1])
+    seen = []
+
+    def spy(z_t, noise, cond):
+        seen.append(noise)
+        return z_t
+
+    edm.sigma_loss(spy, z, None, jax.random.key(0), log_mean=0.5, log_std=0.7)
+    log_sigma = 4 * np.asarray(seen[0])
+    assert abs(log_sigma.mean() - 0.5) < 0.05 and abs(log_sigma.std() - 0.7) < 0.03
