@@ -32,7 +32,6 @@ TASKS = (
     "inpainting",
     "upscale",
     "unclip",
-    "retrieval",
     "layout2img",
     "semantic",
     "depth2img",

@@ -240,7 +240,8 @@ def make_stage(
             )
         )
     )["image"]
-    latent = (len(looked_at), *first_stage.latent_shape(net, config.resolution))
+    size = config.resolution, config.resolution
+    latent = (len(looked_at), *first_stage.latent_shape(net, size))
     reconstruct = jax.jit(net.apply)
     draw = jax.jit(partial(prior_samples, net, shape=latent))
 
