@@ -74,6 +74,11 @@ def sd2_v() -> ConfigDict:
     return config
 
 
+def edm() -> ConfigDict:
+    """As `openmoji`, over noise levels with EDM's preconditioning and loss."""
+    return defaults.sigma_process(openmoji())
+
+
 def folder() -> ConfigDict:
     """Your own pictures: --config.data.options.path=DIR; see the README on captions."""
     config = openmoji()
@@ -91,6 +96,7 @@ def folder() -> ConfigDict:
 PRESETS = {
     "openmoji": openmoji,
     "debug": debug,
+    "edm": edm,
     "folder": folder,
     "ldm_1p4b": ldm_1p4b,
     "cc256": cc256,

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ldm_jax import config as config_lib
-from ldm_jax import inputs, sample
+from ldm_jax import draw, inputs, sample
 from ldm_jax.config import UserError
 from tests import runs
 
@@ -168,7 +168,45 @@ def test_help_lists_what_the_model_takes(inpainting, unconditional, capsys):
             sample.main([f"--workdir={workdir}", "--help"])
         text = capsys.readouterr().out
         listed = {entry.flag for entry in inputs.INPUTS if f"--{entry.flag} " in text}
-        assert listed == taken
+        assert listed == taken | {"mask"}  # that of --init_image, which all take
+        assert "--init_image" in text and "--strength" in text
+
+
+def test_the_command_starts_from_a_picture_and_keeps_its_mask(unconditional, tmp_path):
+    photo, mask = _rgb(16), np.zeros((16, 16), np.uint8)
+    mask[4:9, 2:] = 255
+    out = tmp_path / "a.png"
+    argv = [f"--workdir={unconditional}", f"--out={out}", "--count=1", "--steps=3"]
+    argv.append(f"--init_image={_png(tmp_path / 'photo.png', photo)}")
+    sample.main([*argv, f"--mask={_png(tmp_path / 'mask.png', mask)}"])
+    drawn = np.asarray(Image.open(out))
+    np.testing.assert_array_equal(drawn[mask == 0], photo[mask == 0])
+    assert (drawn[mask > 0] != photo[mask > 0]).mean() > 0.5
+    sample.main([*argv, "--strength=0.5", "--sampler=heun"])
+    assert (np.asarray(Image.open(out)) != drawn).mean() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("flags", "size"),
+    [
+        (["--interpolate=3", "--count=2"], (3, 1)),
+        (["--progress", "--steps=4", "--count=2"], (4, 2)),
+        (["--size=32x16", "--tile", "--count=2"], (2, 1)),
+    ],
+)
+def test_sheets_of_the_command(unconditional, tmp_path, flags, size):
+    out = tmp_path / "a.png"
+    sample.main([f"--workdir={unconditional}", f"--out={out}", *flags])
+    tile = 128 + 6
+    columns, rows = size
+    height = rows * (tile if "--tile" not in flags else 256 + 6)
+    assert Image.open(out).size == (columns * tile, height)
+
+
+def test_a_mask_alone_is_not_enough(unconditional, tmp_path, capsys):
+    path = _png(tmp_path / "mask.png", np.zeros((16, 16), np.uint8))
+    err = _fails(capsys, f"--workdir={unconditional}", f"--mask={path}")
+    assert "--mask: this model takes no input" in err
 
 
 def test_a_hole_is_filled_by_the_command_as_by_the_api(inpainting, tmp_path):
@@ -216,6 +254,6 @@ def test_inputs_of_another_task(inpainting, unconditional, tmp_path, capsys):
 def test_noise_levels_have_a_range(tmp_path_factory):
     config = config_lib.load(f"{runs.CONFIGS / 'upscale'}.py:debug")
     model = runs.build(config)
-    sample.check_noise_level(model, 349)
+    draw.check_noise_level(model, 349)
     with pytest.raises(UserError, match="--noise_level: 350; choose from 0 to 349"):
-        sample.check_noise_level(model, 350)
+        draw.check_noise_level(model, 350)

@@ -80,6 +80,53 @@ def test_ddim_is_that_of_diffusers(parameterization):
     np.testing.assert_allclose(ours, z_t.numpy(), atol=ATOL)
 
 
+SCHEDULERS = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lms": ("LMSDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", dict(final_sigmas_type="zero")),
+    "unipc": ("UniPCMultistepScheduler", dict(final_sigmas_type="zero")),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_samplers_are_those_of_diffusers(name):
+    """Trailing steps to a clean end; some of theirs work on z_t / alpha."""
+    kind, options = SCHEDULERS[name]
+    scheduler = getattr(diffusers, kind)(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="trailing",
+        **options,
+    )
+    scheduler.set_timesteps(12)
+    z = np.random.default_rng(0).normal(size=(2, 8, 8, 4)).astype(np.float32)
+    schedule = schedules.make_schedule(linear_start=0.00085, linear_end=0.012)
+
+    def net(z_t, t, module):
+        return 0.3 * z_t + 0.2 * module.tanh(z_t) + 0.1 * module.sin(t / 100)
+
+    x = torch.from_numpy(z)
+    over_alpha = name in ("euler", "heun", "lms")
+    if over_alpha:
+        x = x / schedule.sqrt_alphas_cumprod[999]
+    for t in scheduler.timesteps:
+        out = net(scheduler.scale_model_input(x, t), torch.as_tensor(float(t)), torch)
+        x = scheduler.step(out, t, x).prev_sample
+
+    def apply(z_t, t, cond):
+        del cond
+        return net(z_t, t.astype(jnp.float32)[:, None, None, None], jnp)
+
+    denoise = denoiser.make_denoiser(apply, schedule, "eps", conds=[None])
+    ours, _ = samplers.SAMPLERS[name](
+        denoise, jnp.asarray(z), schedule, jax.random.key(0), steps=12
+    )
+    scale = np.abs(x.numpy()).max()
+    np.testing.assert_allclose(ours / scale, x.numpy() / scale, atol=ATOL)
+
+
 def test_group_norm_and_strided_conv_are_torchs():
     torch.manual_seed(0)
     x = torch.randn(2, 32, 9, 12)

@@ -185,24 +185,6 @@ def drop(values: jax.Array, null: np.ndarray, dropped: jax.Array) -> jax.Array:
     return jnp.where(where, jnp.asarray(null)[None], values)
 
 
-def encode_null(
-    conditioners: Mapping[str, Conditioner],
-    params: Mapping[str, Any],
-    batch: Mapping[str, jax.Array],
-    tools: Tools = Tools(),  # noqa: B008  a tuple of constants
-    sequential: bool = False,
-) -> Conditioning:
-    """The `Conditioning` of guidance's other half: `batch` without what guides it."""
-    dropped = {
-        name: jnp.ones(len(batch[name]), bool)
-        for name, conditioner in conditioners.items()
-        if conditioner.guided
-    }
-    return encode(
-        conditioners, params, batch, None, tools, dropped, sequential=sequential
-    )
-
-
 def null_rows(conditioners: Mapping[str, Conditioner], b: int) -> dict[str, np.ndarray]:
     """`b` prepared rows of no condition, {name: [b, …]}."""
     return {

@@ -1,20 +1,21 @@
 """Every kind of condition: its slots, its null row, its parity, what it refuses."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax import resample
+from ldm_jax import draw, resample
 from ldm_jax.conditioning import conditioners, kinds, pictures
 from ldm_jax.conditioning.conditioners import Setting, Tools
 from ldm_jax.config import UserError
 from ldm_jax.nets import embedders, layers
 from tests import parity, runs
 
-SETTING = Setting(16, (4, 4, 3), runs.tokenizer())
+SETTING = Setting((16, 16), (4, 4, 3), runs.tokenizer())
 ATOL = 5e-5
 
 
@@ -108,10 +109,16 @@ def test_a_kind_fills_its_slots_and_drops_to_its_null_row(kind):
 def test_the_other_half_of_guidance(kind):
     table, params, batch = _made(kind)
     given = conditioners.encode(table, params, batch, tools=tools(4))
-    other = conditioners.encode_null(table, params, batch, tools(4))
+    model = types.SimpleNamespace(conditioners=table)
+    halves, scales = draw.guided_halves(model, 2.0)
+    if not table["it"].guided:
+        assert halves == () and scales == []
+        return
+    assert halves == (("it",),) and scales == [2.0]
+    dropped = {"it": jnp.ones(4, bool)}
+    other = conditioners.encode(table, params, batch, tools=tools(4), dropped=dropped)
     for slot in CASES[kind][1]:
-        same = np.array_equal(getattr(given, slot), getattr(other, slot))
-        assert same != table["it"].guided
+        assert not np.array_equal(getattr(given, slot), getattr(other, slot))
 
 
 def test_conditions_of_one_slot_are_joined_or_kept_apart():
@@ -171,7 +178,7 @@ def test_levels_are_drawn_in_training_only(key):
 )
 def test_inpainting_inputs_are_the_references(fixture, convention):
     _, _, io = parity.load(fixture)
-    setting = Setting(32, (8, 8, 3))
+    setting = Setting((32, 32), (8, 8, 3))
     conditioner = pictures.inpainting(setting, convention=convention)
     mask = (io["mask_u8"] / 255 >= 0.5).astype(np.uint8)
     values = conditioner.prepare(io["image_u8"][None], mask[None])
@@ -279,7 +286,11 @@ def test_resizing_knows_its_methods():
             ),
             "mask: 8x8, but the picture is 16x16",
         ),
-        ("depth", dict(depth=np.zeros((1, 8, 8))), "depth: 8x8, but resolution is 16"),
+        (
+            "depth",
+            dict(depth=np.zeros((1, 8, 8))),
+            "depth: maps of 8x8; they must",
+        ),
     ],
 )
 def test_wrong_inputs_take_one_line(kind, change, error):

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ldm_jax
+from ldm_jax import defaults
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
@@ -52,8 +54,11 @@ def test_a_dropped_caption_becomes_the_null_caption(setup):
     kept = conditioning.encode(
         model.conditioners, params["conditioners"], batch
     ).context
-    null = conditioning.encode_null(
-        model.conditioners, params["conditioners"], batch
+    null = conditioning.encode(
+        model.conditioners,
+        params["conditioners"],
+        batch,
+        dropped={"text": jnp.ones(64, bool)},
     ).context[0]
     is_null = np.array([np.allclose(row, null, atol=1e-5) for row in context])
     is_kept = np.array(
@@ -174,3 +179,74 @@ def test_panels_show_the_data_unless_prompts_are_given(setup):
     pictures = fields | {"image": source.fields["image"]}
     assert len(step_diffusion.panel_rows(given, pictures)["image"]) == 8
     assert step_diffusion.panel_rows(config, {}) == {}
+
+
+def _configs():
+    edm = defaults.sigma_process(runs.debug())
+    terminal = runs.debug(
+        "diffusion.zero_terminal_snr=True",
+        "diffusion_stage.loss.min_snr_gamma=5.0",
+        "diffusion_stage.loss.offset_noise=0.1",
+        "diffusion_stage.loss.timestep_sampling=logit_normal",
+    )
+    return {"edm": edm, "zero terminal SNR": terminal}
+
+
+@pytest.mark.parametrize("name", ["edm", "zero terminal SNR"])
+def test_other_processes_train_and_sample(name, tmp_path):
+    config = _configs()[name]
+    step_diffusion.check(config)
+    model = runs.build(config)
+    first, params = runs.random_params(config, model)
+    c = model.latent_shape[-1]
+    frozen = {
+        "first_stage": first_stage_lib.FirstStage(
+            first["autoencoder"], jnp.zeros(c), jnp.ones(c)
+        )
+    }
+    loss = step_diffusion.make_loss(model, config.diffusion_stage)
+    batch = {k: jnp.asarray(v) for k, v in _batch(model).items()}
+    gradient, metrics = jax.jit(jax.grad(loss, has_aux=True))(
+        params, frozen, batch, jax.random.key(0)
+    )
+    assert np.isfinite(metrics["loss"][0])
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+    assert np.abs(gradient["unet"]["conv_in"]["kernel"]).max() > 0
+
+    runs.untrained(tmp_path / "run", config)
+    loaded = ldm_jax.load(tmp_path / "run")
+    for sampler in ("ddim", "edm"):
+        drawn = loaded.sample(runs.CAPTIONS, sampler=sampler, steps=4)
+        assert drawn.std() > 8
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("diffusion.parameterization=eps", "diffusion.zero_terminal_snr=True"), "'v'"),
+        (("diffusion_stage.loss.min_snr_gamma=-1.0",), "min_snr_gamma: -1.0; choose"),
+        (("diffusion_stage.loss.timestep_sampling=cos",), "sampling: 'cos'; choose"),
+    ],
+)
+def test_processes_that_cannot_be(overrides, words):
+    with pytest.raises(UserError, match=words):
+        step_diffusion.check(runs.debug(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "words"),
+    [
+        ("diffusion", "parameterization", "epsilon", "with the schedule sigma choose"),
+        ("diffusion", "sigma_min", 90.0, "sigma_min: 90.0; choose more than 0 and"),
+        ("diffusion_stage.loss", "weighting", "snr", "weighting: 'snr'; choose"),
+        ("diffusion_stage.loss", "min_snr_gamma", 5.0, "min_snr_gamma: no such option"),
+    ],
+)
+def test_sigma_processes_that_cannot_be(section, field, value, words):
+    config = defaults.sigma_process(runs.debug())
+    place = config
+    for part in section.split("."):
+        place = place[part]
+    place[field] = value
+    with pytest.raises(UserError, match=words):
+        step_diffusion.check(config)
