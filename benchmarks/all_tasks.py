@@ -32,6 +32,7 @@ TASKS = (
     "inpainting",
     "upscale",
     "unclip",
+    "retrieval",
     "layout2img",
     "semantic",
     "depth2img",

@@ -1,5 +1,6 @@
 """The first stage as the second sees it: unit-variance latents in, images out."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax
@@ -12,15 +13,17 @@ from ldm_jax.nets import autoencoder
 
 @flax.struct.dataclass
 class FirstStage:
-    """Frozen params of the autoencoder with the statistics of its latents.
+    """Frozen params of the autoencoder with what was measured behind them.
 
     mean, std [c] are measured over the training data when stage one ends, and stored
     in its checkpoint. An imported checkpoint with a scale factor s has mean 0, std 1/s.
+    memory {name: [n, d]} is what conditions look up of the training pictures.
     """
 
     params: Any
     mean: jax.Array
     std: jax.Array
+    memory: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 def downsampling(net: nn.Module) -> int:

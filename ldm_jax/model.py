@@ -193,7 +193,9 @@ def init_diffusion(
 ) -> dict[str, Any]:
     """Stage two's trained params: unet, conditioners and, if learned, logvar [T]."""
     unet_key, cond_key = jax.random.split(key)
-    cond_params = conditioning.init(model.conditioners, cond_key)
+    cond_params = conditioning.init(
+        model.conditioners, cond_key, lambda: untrained_tools(config, model)
+    )
     cond = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), conditioning_shapes(config, model)
     )
@@ -233,7 +235,25 @@ def make_tools(
 
         return jax.vmap(draw)(moments, keys)
 
-    return conditioning.Tools(encode_image, keys, noise_level)
+    return conditioning.Tools(encode_image, keys, noise_level, frozen.memory)
+
+
+def untrained_tools(
+    config: ml_collections.ConfigDict, model: LatentDiffusion
+) -> conditioning.Tools:
+    """Tools of an untrained first stage for one row; for shapes only."""
+    key, c = jax.random.key(0), model.latent_shape[-1]
+    params, _ = init_autoencoder(config, model.autoencoder, key)
+    z = jnp.zeros((1024, *model.latent_shape))  # more than any condition looks up
+    memory = {
+        name: conditioner.remembered(z)
+        for name, conditioner in model.conditioners.items()
+        if conditioner.remembered is not None
+    }
+    frozen = first_stage.FirstStage(
+        params["autoencoder"], jnp.zeros([c]), jnp.ones([c]), memory
+    )
+    return make_tools(model, frozen, jax.random.split(key, 1))
 
 
 def conditioning_shapes(
@@ -242,16 +262,12 @@ def conditioning_shapes(
     """Shapes of one row of all conditions; nothing is computed."""
 
     def make(key):
-        params, _ = init_autoencoder(config, model.autoencoder, key)
-        c = model.latent_shape[-1]
-        frozen = first_stage.FirstStage(
-            params["autoencoder"], jnp.zeros([c]), jnp.ones([c])
-        )
+        tools = untrained_tools(config, model)
         return conditioning.encode(
             model.conditioners,
-            conditioning.init(model.conditioners, key),
+            conditioning.init(model.conditioners, key, lambda: tools),
             jax.tree.map(jnp.asarray, conditioning.null_rows(model.conditioners, 1)),
-            tools=make_tools(model, frozen, jax.random.split(key, 1)),
+            tools=tools,
             sequential=model.unet.sequential_crossattn,
         )
 

@@ -254,7 +254,10 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
     config = workdir_lib.read_config(workdir)
     tokenizers = workdir_lib.load_tokenizers(workdir, config)
     model = model_lib.build(config, tokenizers)
-    first_stage = load_first_stage(workdir, config)
+    looking = [k for k, c in model.conditioners.items() if c.remembered is not None]
+    first_stage = load_first_stage(workdir, config).replace(
+        memory=workdir_lib.load_memory(workdir, looking)
+    )
     abstract = jax.eval_shape(
         lambda: model_lib.init_diffusion(config, model, jax.random.key(0))
     )

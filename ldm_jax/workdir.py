@@ -1,14 +1,16 @@
 """A run's folder, which *is* the run: where its config, tokenizers and stages lie.
 
-config.json  tokenizers/NAME/  autoencoder/STEP/  diffusion/STEP/  logs/  pictures/
+config.json  tokenizers/NAME/  memory/NAME.npy  autoencoder/STEP/  diffusion/STEP/
+logs/  pictures/
 """
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_collections
+import numpy as np
 
 from ldm_jax import config as config_lib
 from ldm_jax.conditioning import tokenizers
@@ -53,3 +55,27 @@ def load_tokenizers(
         for name, section in config.conditioners.items()
         if "tokenizer" in section
     }
+
+
+def write_memory(workdir: pathlib.Path, memory: Mapping[str, Any]) -> None:
+    """Stores what conditions look up of the training pictures, {name: [n, d]}."""
+    for name, rows in memory.items():
+        path = workdir / "memory" / f"{name}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{name}.{os.getpid()}.npy")
+        np.save(partial, np.asarray(rows), allow_pickle=False)
+        os.replace(partial, path)
+
+
+def load_memory(workdir: pathlib.Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """What `write_memory` stored; UserError where it is gone."""
+    memory = {}
+    for name in names:
+        path = workdir / "memory" / f"{name}.npy"
+        if not path.is_file():
+            raise UserError(
+                f"--workdir: {path} is missing; run the training command again, which"
+                " makes it"
+            )
+        memory[name] = np.load(path, allow_pickle=False)
+    return memory

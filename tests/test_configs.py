@@ -57,7 +57,9 @@ def _shapes(config, tokenizer):
 
     def init(key):
         first, _ = model_lib.init_autoencoder(config, model.autoencoder, key)
-        frozen = model_lib.conditioning.init(model.conditioners, key)
+        frozen = model_lib.conditioning.init(
+            model.conditioners, key, lambda: model_lib.untrained_tools(config, model)
+        )
         return first, model_lib.init_diffusion(config, model, key), frozen
 
     return model, jax.eval_shape(init, key)
@@ -132,6 +134,7 @@ def test_txt2img_presets_have_the_published_sizes(
         ("inpainting", "inpainting_big", 387.25),
         ("inpainting", "sd2", 865.93),
         ("upscale", "x4", 473.4),
+        ("retrieval", "rdm768", 1335.48),
     ],
 )
 def test_task_presets_have_the_published_sizes(task, preset, unet, small_tokenizer):

@@ -34,11 +34,15 @@ class Conditioning:
 
 
 class Setting(NamedTuple):
-    """What a condition must fit: the pictures' [H, W], the latent's, its tokenizer."""
+    """What a condition must fit: pictures [H, W] and their latents; what it is called.
+
+    `tokenizer` is that of its text, if it reads any.
+    """
 
     size: tuple[int, int]
     latent_shape: tuple[int, int, int]
     tokenizer: Any = None
+    name: str = ""
 
 
 class Tools(NamedTuple):
@@ -49,12 +53,14 @@ class Tools(NamedTuple):
     keys: one typed key a row, for what is random besides dropping: noise, order.
     noise_level: of noise-augmented conditions, int32 [b]; None draws it in training
         and takes the conditioner's own otherwise.
+    memory: {name of a condition: what it `remembered` of all training pictures}.
     training: whether levels and orders are drawn; `encode` sets it.
     """
 
     encode_image: Callable[[jax.Array, jax.Array], jax.Array] | None = None
     keys: jax.Array | None = None
     noise_level: jax.Array | None = None
+    memory: Mapping[str, jax.Array] | None = None
     training: bool = False
 
 
@@ -80,7 +86,8 @@ class Conditioner:
     stands for "no condition", or where `drop_output` what the net gives becomes zeros.
     Guidance drops all rows in its unconditional half, unless `guided` is False: a
     picture to be completed is part of the task, not of the prompt. `noise_levels` is
-    how many levels of noise it can be given.
+    how many levels of noise it can be given. `remembered` maps the latents of training
+    pictures [b, h, w, c] to what `before` will look up, [b, d].
     """
 
     fields: tuple[str, ...]
@@ -94,6 +101,7 @@ class Conditioner:
     guided: bool = True
     noise_levels: int = 0
     before: Callable[[jax.Array, Tools], Any] | None = None
+    remembered: Callable[[jax.Array], jax.Array] | None = None
 
     @property
     def has_params(self) -> bool:
@@ -101,14 +109,24 @@ class Conditioner:
         return not isinstance(self.net, Given)
 
 
-def init(conditioners: Mapping[str, Conditioner], key: jax.Array) -> dict[str, Any]:
-    """Draws the params of every conditioner's net that has some, {name: params}."""
+def init(
+    conditioners: Mapping[str, Conditioner],
+    key: jax.Array,
+    make_tools: Callable[[], Tools] = Tools,
+) -> dict[str, Any]:
+    """Draws the params of every conditioner's net that has some, {name: params}.
+
+    `make_tools` is called only for the shapes of what `before` gives.
+    """
     drawn = {}
     for index, (name, conditioner) in enumerate(sorted(conditioners.items())):
         if conditioner.has_params:
             values = jnp.asarray(conditioner.null)[None]
             if conditioner.before is not None:
-                values = conditioner.before(values, Tools())
+                shapes = jax.eval_shape(
+                    lambda c=conditioner, x=values: c.before(x, make_tools())
+                )
+                values = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
             net_key = jax.random.fold_in(key, index)
             drawn[name] = conditioner.net.init(net_key, values)["params"]
     return drawn

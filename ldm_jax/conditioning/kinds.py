@@ -14,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from ldm_jax.conditioning import layout as layout_tokens
-from ldm_jax.conditioning import pictures, tokenizers
+from ldm_jax.conditioning import neighbours, pictures, tokenizers
 from ldm_jax.conditioning.conditioners import (
     SLOTS,
     Conditioner,
@@ -173,6 +173,7 @@ KINDS: dict[str, Callable[..., Conditioner]] = {
     "inpainting": pictures.inpainting,
     "depth": pictures.depth,
     "image_embedding": pictures.image_embedding,
+    "neighbours": neighbours.neighbours,
 }
 
 
@@ -202,7 +203,7 @@ def build(
                 f"conditioners.{name}.slot: {slot!r}; {nearest(slot, SLOTS)}"
             )
         kwargs.pop("tokenizer", None)
-        setting = Setting(size, latent_shape, tokenizer_of.get(name))
+        setting = Setting(size, latent_shape, tokenizer_of.get(name), name)
         conditioners[name] = construct(
             f"conditioners.{name}", functools.partial(KINDS[kind], setting), kwargs
         )

@@ -5,6 +5,7 @@ Builders of `Conditioner`s, as in kinds.py. Pictures travel as 8 bits and are br
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -79,7 +80,7 @@ def low_res(
 
     def before(x: jax.Array, tools: Tools) -> jax.Array:
         del tools
-        return _to_float(x)
+        return to_float(x)
 
     return Conditioner(
         fields=(field,),
@@ -108,7 +109,7 @@ def noisy_low_res(
     schedule = schedules.make_schedule(linear_start=1e-4, linear_end=2e-2)
 
     def before(x: jax.Array, tools: Tools) -> tuple[jax.Array, jax.Array]:
-        x, level = _to_float(x), _level(tools, len(x), max_noise_level, noise_level)
+        x, level = to_float(x), _level(tools, len(x), max_noise_level, noise_level)
         return denoiser.q_sample(schedule, x, level, _noise(tools, x)), level
 
     return dataclasses.replace(
@@ -134,7 +135,7 @@ def inpainting(setting: Setting, *, convention: str = "sd") -> Conditioner:
     stride = size[0] // setting.latent_shape[0]
 
     def prepare(images: Any, masks: Any) -> np.ndarray:
-        x = _pictures("image", images, size, f"those of the model are {_by(size)}")
+        x = prepare_images(size, images)
         m = np.asarray(masks)
         m = m[..., 0] if m.ndim == 4 else m
         if m.shape != x.shape[:3]:
@@ -149,7 +150,7 @@ def inpainting(setting: Setting, *, convention: str = "sd") -> Conditioner:
         return np.concatenate([x * (1 - m), m], axis=-1)
 
     def before(values: jax.Array, tools: Tools) -> jax.Array:
-        x, m = _to_float(values[..., :3]), values[..., 3:].astype(jnp.float32)
+        x, m = to_float(values[..., :3]), values[..., 3:].astype(jnp.float32)
         hole = jnp.float32(0.0 if convention == "sd" else -1.0)
         z = tools.encode_image(jnp.where(m > 0, hole, x), tools.keys)
         m = m[:, ::stride, ::stride]  # nearest, as torch rounds it
@@ -216,21 +217,14 @@ def image_embedding(
     The embedding is the run's own first stage, averaged over cells x cells parts of the
     picture: it needs no pretrained net, and its values have unit variance.
     """
-    size, (h, w, c) = setting.size, setting.latent_shape
-    if h % cells or w % cells:
-        raise UserError(
-            f"conditioners.*.cells: {cells} does not divide the latent's {_by((h, w))};"
-            " choose a divisor"
-        )
+    check_cells(setting, cells)
+    size, c = setting.size, setting.latent_shape[-1]
     schedule = schedules.make_schedule(schedule="squaredcos_cap_v2")
     width = cells * cells * c
 
-    def prepare(images: Any) -> np.ndarray:
-        return _pictures("image", images, size, f"those of the model are {_by(size)}")
-
     def before(x: jax.Array, tools: Tools) -> jax.Array:
-        z = tools.encode_image(_to_float(x), tools.keys)
-        e = einops.reduce(z, "b (i y) (j x) c -> b (i j c)", "mean", i=cells, j=cells)
+        z = tools.encode_image(to_float(x), tools.keys)
+        e = pooled(z, cells)
         level = _level(tools, len(x), max_noise_level, noise_level)
         e = denoiser.q_sample(schedule, e, level, _noise(tools, e))
         return jnp.concatenate([e, layers.timestep_embedding(level, width)], axis=-1)
@@ -238,7 +232,7 @@ def image_embedding(
     return Conditioner(
         fields=("image",),
         slots=("vector",),
-        prepare=prepare,
+        prepare=functools.partial(prepare_images, size),
         null=np.full((*size, 3), GREY, np.uint8),
         dropout=dropout,
         drop_output=True,
@@ -250,9 +244,29 @@ def image_embedding(
 # ---- What several of them do ---------------------------------------------------
 
 
-def _to_float(x: jax.Array) -> jax.Array:
+def to_float(x: jax.Array) -> jax.Array:
     """uint8 to [-1, 1]."""
     return x.astype(jnp.float32) / 127.5 - 1.0
+
+
+def pooled(z: jax.Array, cells: int) -> jax.Array:
+    """Latents [b, h, w, c] averaged over cells x cells parts, [b, cells² c]."""
+    return einops.reduce(z, "b (i y) (j x) c -> b (i j c)", "mean", i=cells, j=cells)
+
+
+def check_cells(setting: Setting, cells: int) -> None:
+    """Raises UserError unless the latent can be cut into cells x cells parts."""
+    h, w = setting.latent_shape[:2]
+    if h % cells or w % cells:
+        raise UserError(
+            f"conditioners.*.cells: {cells} does not divide the latent's {_by((h, w))};"
+            " choose a divisor"
+        )
+
+
+def prepare_images(size: tuple[int, int], images: Any) -> np.ndarray:
+    """8-bit pictures of the model's `size` [H, W], as they are."""
+    return _pictures("image", images, size, f"those of the model are {_by(size)}")
 
 
 def _noise(tools: Tools, like: jax.Array) -> jax.Array:

@@ -62,3 +62,14 @@ class SpatialRescaler(nn.Module):
             )
             x = mapper(x)
         return x
+
+
+class Projection(nn.Module):
+    """Vectors [b, …, c] to [b, …, dim] by one learned layer."""
+
+    dim: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
+        del deterministic
+        return layers.Dense(self.dim, name="proj")(x)

@@ -464,7 +464,14 @@ def train(
                 config, net, train_source, heldout_source, mesh, frozen
             )
         else:
-            first_stage = sample.load_first_stage(workdir, config)
+            first_stage = step_diffusion.remember(
+                model,
+                sample.load_first_stage(workdir, config),
+                train_source,
+                config.data.ops,
+            )
+            if jax.process_index() == 0:
+                workdir_lib.write_memory(workdir, first_stage.memory)
             stage = step_diffusion.make_stage(
                 config, model, first_stage, train_source, heldout_source
             )

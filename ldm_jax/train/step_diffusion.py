@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -154,6 +155,23 @@ def encode_source(
     ):
         rows.append(np.asarray(encode(first_stage.params, x["image"]))[x["_mask"] > 0])
     return np.concatenate(rows)
+
+
+def remember(
+    model: model_lib.LatentDiffusion,
+    first_stage: first_stage_lib.FirstStage,
+    source: sources.Source,
+    ops: Any,
+) -> first_stage_lib.FirstStage:
+    """`first_stage` with what conditions look up of the training pictures, if any."""
+    looking = {k: c for k, c in model.conditioners.items() if c.remembered is not None}
+    if not looking:
+        return first_stage
+    moments = encode_source(model, first_stage, source, ops)
+    z, _ = first_stage_lib.mean_and_variance(model.autoencoder, jnp.asarray(moments))
+    z = (z - first_stage.mean[None, None, None]) / first_stage.std[None, None, None]
+    memory = {name: c.remembered(z) for name, c in looking.items()}
+    return first_stage.replace(memory=memory)
 
 
 def panel_rows(

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from ldm_jax import draw, resample
-from ldm_jax.conditioning import conditioners, kinds, pictures
+from ldm_jax.conditioning import conditioners, kinds, neighbours, pictures
 from ldm_jax.conditioning.conditioners import Setting, Tools
 from ldm_jax.config import UserError
 from ldm_jax.nets import embedders, layers
 from tests import parity, runs
 
-SETTING = Setting((16, 16), (4, 4, 3), runs.tokenizer())
+SETTING = Setting((16, 16), (4, 4, 3), runs.tokenizer(), "it")
 ATOL = 5e-5
 
 
@@ -26,7 +26,11 @@ def encode_image(x, keys):
 
 
 def tools(n, **kwargs):
-    return Tools(encode_image, jax.random.split(jax.random.key(0), n), **kwargs)
+    """With eight pictures to look up."""
+    images = pictures.to_float(jnp.asarray(_columns(8)["image"]))
+    memory = {"it": neighbours.embed(encode_image(images, None), cells=2)}
+    keys = jax.random.split(jax.random.key(0), n)
+    return Tools(encode_image, keys, memory=memory, **kwargs)
 
 
 def _columns(n):
@@ -61,6 +65,7 @@ CASES = {
     "inpainting": ({}, {"concat": (4, 4, 4)}),
     "depth": ({}, {"concat": (4, 4, 1)}),
     "image_embedding": ({}, {"vector": (24,)}),
+    "neighbours": (dict(k=2, cells=2, dim=16), {"context": (2, 16)}),
 }
 
 
@@ -69,7 +74,8 @@ def _made(kind, n=4):
     table = {"it": conditioner}
     columns = _columns(n)
     values = conditioner.prepare(*(columns[field] for field in conditioner.fields))
-    return table, conditioners.init(table, jax.random.key(1)), {"it": values}
+    params = conditioners.init(table, jax.random.key(1), lambda: tools(1))
+    return table, params, {"it": values}
 
 
 def test_every_kind_is_tried():
@@ -119,6 +125,22 @@ def test_the_other_half_of_guidance(kind):
     other = conditioners.encode(table, params, batch, tools=tools(4), dropped=dropped)
     for slot in CASES[kind][1]:
         assert not np.array_equal(getattr(given, slot), getattr(other, slot))
+
+
+def test_neighbours_are_the_nearest_but_in_training_not_oneself():
+    conditioner = neighbours.neighbours(SETTING, k=3, cells=2)
+    images, given = _columns(8)["image"], tools(8)
+    memory = np.asarray(given.memory["it"])
+    near = np.argsort(-memory @ memory.T, axis=1)
+    assert near[:, 0].tolist() == list(range(8))
+    for training, first in ((False, 0), (True, 1)):
+        tokens = conditioner.before(images, given._replace(training=training))
+        expected = memory[near[:, first : first + 3]] * 12**0.5
+        np.testing.assert_allclose(tokens, expected, atol=1e-5)
+    with pytest.raises(UserError, match="it.k: 8, but there are 8 training pictures"):
+        neighbours.neighbours(SETTING, k=8, cells=2).before(images, given)
+    with pytest.raises(UserError, match="cells: 3 does not divide the latent's 4x4"):
+        neighbours.neighbours(SETTING, cells=3)
 
 
 def test_conditions_of_one_slot_are_joined_or_kept_apart():
