@@ -39,8 +39,8 @@ import numpy as np
 from benchmarks import common
 from ldm_jax import config as config_lib
 from ldm_jax import first_stage as first_stage_lib
+from ldm_jax import loaded as loaded_lib
 from ldm_jax import model as model_lib
-from ldm_jax import sample
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
@@ -251,7 +251,7 @@ def score(workdir: pathlib.Path, samples: int, drawn_at_once: int) -> dict[str, 
 
     config_lib.setup_logging()
     distributed.initialize()  # the cache of what training compiled
-    loaded = sample.load(workdir)
+    loaded = loaded_lib.load(workdir)
     config, net = loaded.config, loaded.model.autoencoder
     source, heldout = sources.load_splits(config.data, config.resolution)
     weights = {}

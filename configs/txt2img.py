@@ -51,7 +51,7 @@ def sd1() -> ConfigDict:
     config = defaults.both_stages()
     config.resolution = 512
     config.conditioners.text = defaults.clip_text(
-        "openai/clip-vit-large-patch14", "clip_l"
+        "openai/clip-vit-large-patch14", "clip_l", "openai/clip-vit-large-patch14"
     )
     config.unet = ConfigDict(dict(variant="sd1", remat=True))
     return config

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 from ldm_jax import config as ldm_config
 from ldm_jax import defaults
 
+GROUPS = 21  # of OpenMoji, as labels of its pictures
+
 
 def openmoji() -> ConfigDict:
     """Emoji at 32 pixels."""
@@ -20,9 +22,28 @@ def openmoji() -> ConfigDict:
     return config
 
 
+def classifier() -> ConfigDict:
+    """As `openmoji`, and a classifier of the emoji's groups to guide it by."""
+    net = dict(
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=32,
+        pool="attention",
+        dropout=0.1,
+    )
+    config = defaults.add_classifier(openmoji(), num_classes=GROUPS, net=net)
+    section = config.classifier_stage
+    section.update(dict(steps=1000, batch_size=32, ema_decay=0.995))
+    section.optim.update(defaults.fast_adam(1e-3, warmup_steps=50))
+    section.optim.weight_decay = 1e-2
+    return config
+
+
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
-    return defaults.debug(openmoji())
+    return defaults.debug(classifier())
 
 
 def celeba256() -> ConfigDict:
@@ -64,6 +85,7 @@ def lsun_churches256() -> ConfigDict:
 
 PRESETS = {
     "openmoji": openmoji,
+    "classifier": classifier,
     "debug": debug,
     "celeba256": celeba256,
     "ffhq256": ffhq256,

@@ -4,13 +4,13 @@ import os
 import typing
 
 if typing.TYPE_CHECKING:
-    from ldm_jax.sample import LoadedModel
+    from ldm_jax.loaded import LoadedModel
 
 __version__ = "0.1.0"
 
 
 def load(workdir: str | os.PathLike) -> "LoadedModel":
     """Loads a training run's newest checkpoint; `.sample(prompts)` draws from it."""
-    from ldm_jax import sample
+    from ldm_jax import loaded
 
-    return sample.load(workdir)
+    return loaded.load(workdir)

@@ -156,6 +156,16 @@ def both_stages() -> ConfigDict:
     return config
 
 
+def add_classifier(config: ConfigDict, num_classes: int, net: dict) -> ConfigDict:
+    """A classifier of noisy latents as a third stage, to guide samples by."""
+    config.stages = (*config.stages, "classifier")
+    config.classifier = ConfigDict(dict(field="label", num_classes=num_classes))
+    config.classifier.net = net  # of nets/encoder_unet.py
+    config.classifier_stage = stage()
+    config.classifier_stage.cache_latents = True
+    return config
+
+
 def sigma_process(config: ConfigDict, scaling: str = "edm") -> ConfigDict:
     """Diffusion over noise levels instead of timesteps, as in EDM and SGM.
 
@@ -215,13 +225,16 @@ def narrow_autoencoder(resolution: int, ch_mult: tuple, z_channels: int) -> dict
 # ---- Conditions that several files list ------------------------------------------
 
 
-def _text(tokenizer: dict, length: int, net: dict, trainable: bool) -> ConfigDict:
+def _text(
+    tokenizer: dict, length: int, net: dict, weights: str | None = None
+) -> ConfigDict:
     return ConfigDict(
         dict(
             kind="text",
             field="caption",
             slot="context",
-            trainable=trainable,
+            trainable=weights is None,
+            weights=weights,  # of a frozen net: a file, a folder or a hub id
             dropout=0.1,
             tokenizer=tokenizer,
             length=length,
@@ -234,22 +247,24 @@ def bert_text(variant: str) -> ConfigDict:
     """The paper's jointly trained text transformer on BERT's tokens."""
     tokenizer = dict(name="bert-base-uncased", train_vocab_size=None)
     net = dict(kind="transformer", variant=variant)
-    return _text(tokenizer, 77, net, trainable=True)
+    return _text(tokenizer, 77, net)
 
 
 def clip_text(
-    name: str = "stabilityai/stable-diffusion-2", variant: str = "openclip_h"
+    name: str = "stabilityai/stable-diffusion-2",
+    variant: str = "openclip_h",
+    weights: str = "stabilityai/stable-diffusion-2:text_encoder",
 ) -> ConfigDict:
     """A frozen CLIP text tower, as in Stable Diffusion."""
     tokenizer = dict(name=name, train_vocab_size=None)
-    return _text(tokenizer, 77, dict(kind="clip", variant=variant), trainable=False)
+    return _text(tokenizer, 77, dict(kind="clip", variant=variant), weights)
 
 
 def small_text(dim: int = 128, length: int = 20) -> ConfigDict:
     """One layer over a vocabulary that is trained on the captions."""
     tokenizer = dict(name=None, train_vocab_size=2048)
     net = dict(kind="transformer", dim=dim, depth=1)
-    return _text(tokenizer, length, net, trainable=True)
+    return _text(tokenizer, length, net)
 
 
 # ---- Runs of minutes on two CPU cores ----------------------------------------------
@@ -331,6 +346,8 @@ def debug(config: ConfigDict) -> ConfigDict:
         for place in (section, section.get("net", {})):
             if "dim" in place:
                 place["dim"] = 32
+    if "classifier" in config:
+        config.classifier.net.update(dict(model_channels=32, channel_mult=(1,)))
     for name in config.stages:
         section = config[f"{name}_stage"]
         section.steps = 2

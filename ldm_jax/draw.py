@@ -60,6 +60,14 @@ class Rows(NamedTuple):
     keys: jax.Array
 
 
+class Classifier(NamedTuple):
+    """What guides by class: the net's params, a class [b] a picture, and how much."""
+
+    params: Any
+    label: jax.Array
+    scale: jax.Array | float
+
+
 class Start(NamedTuple):
     """Where pictures begin, if not from noise of their keys alone.
 
@@ -89,7 +97,7 @@ def encode(
     return [
         conditioning.encode(
             model.conditioners,
-            params["conditioners"],
+            {**params["conditioners"], **first_stage.encoders},
             rows.fields,
             tools=tools,
             dropped={name: jnp.ones(b, bool) for name in names},
@@ -130,7 +138,18 @@ def _draw_fn(model: model_lib.LatentDiffusion, settings: Settings):
     grid = settings.grid(model.schedule)
 
     @jax.jit
-    def draw(params, first_stage, rows, end, weight, start, scales, rescale, level):
+    def draw(
+        params,
+        first_stage,
+        rows,
+        end,
+        weight,
+        start,
+        scales,
+        rescale,
+        level,
+        classifier,
+    ):
         conds = encode(model, params, first_stage, rows, level, settings.dropped)
         keys = jax.vmap(jax.random.split)(rows.keys)
         noise = _noise(model, keys[:, 0]) if start.noise is None else start.noise
@@ -139,12 +158,16 @@ def _draw_fn(model: model_lib.LatentDiffusion, settings: Settings):
             conds = mixed(conds, others, weight)
             other_keys = jax.vmap(jax.random.split)(end.keys)
             noise = editing.slerp(noise, _noise(model, other_keys[:, 0]), weight)
+        score = None
+        if classifier is not None:
+            score = model_lib.classifier_score(model, *classifier)
         denoise = model_lib.make_denoiser(
             model,
             params,
             conds,
             [s if s.ndim == 0 else guidance.scale_per_step(grid.t, s) for s in scales],
             guidance_rescale=rescale,
+            score=score,
             window=settings.window,
         )
         init = None
@@ -274,6 +297,7 @@ def draw(
     batch_size: int = 16,
     noise_level: int | None = None,
     start: Start = Start(),  # noqa: B008  a tuple of constants
+    classifier: Classifier | None = None,
     frames: int | None = None,
 ) -> Drawn:
     """Draws one picture per row of the prepared `fields`; `count` where there are none.
@@ -283,6 +307,7 @@ def draw(
     is that of noise-augmented conditions. The arrays of `start` have a row for each
     picture. With `frames` the pictures are so many, evenly on the way from the first
     row over all others to the last, in noise (along the sphere) and in conditions.
+    `classifier` guides besides, by the class of each row.
     """
     check_settings(model, settings)
     if noise_level is not None:
@@ -297,6 +322,12 @@ def draw(
 
     def taken(start, at):
         return jax.tree.map(lambda x: x[at] if np.ndim(x) else jnp.float32(x), start)
+
+    def labelled(at):
+        if classifier is None:
+            return None
+        label, scale = jnp.asarray(classifier.label)[at], jnp.float32(classifier.scale)
+        return Classifier(classifier.params, label, scale)
 
     def rows_at(index):
         return Rows({name: x[index] for name, x in fields.items()}, keys[index])
@@ -316,6 +347,7 @@ def draw(
             scales,
             None if guidance_rescale is None else jnp.float32(guidance_rescale),
             None if noise_level is None else jnp.full([size], noise_level, jnp.int32),
+            labelled(first[at]),
         )
         images.append(np.asarray(x))
         trajectories.append(np.asarray(row) if settings.trajectory else None)

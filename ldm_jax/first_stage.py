@@ -17,13 +17,15 @@ class FirstStage:
 
     mean, std [c] are measured over the training data when stage one ends, and stored
     in its checkpoint. An imported checkpoint with a scale factor s has mean 0, std 1/s.
-    memory {name: [n, d]} is what conditions look up of the training pictures.
+    memory {name: [n, d]} is what conditions look up of the training pictures, encoders
+    {name: params} those of conditions that are not trained either.
     """
 
     params: Any
     mean: jax.Array
     std: jax.Array
     memory: Mapping[str, jax.Array] = flax.struct.field(default_factory=dict)
+    encoders: Mapping[str, Any] = flax.struct.field(default_factory=dict)
 
 
 def downsampling(net: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +15,8 @@ from ldm_jax import first_stage
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.conditioning import kinds
 from ldm_jax.config import UserError, construct, nearest
-from ldm_jax.diffusion import denoiser, edm, schedules, tiling
-from ldm_jax.nets import autoencoder, unet
+from ldm_jax.diffusion import denoiser, edm, guidance, schedules, tiling
+from ldm_jax.nets import autoencoder, encoder_unet, unet
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,6 +29,7 @@ class LatentDiffusion:
     schedule: denoiser.Schedule
     parameterization: str
     latent_shape: tuple[int, int, int]
+    classifier: nn.Module | None = None  # of noisy latents
 
 
 def compute_dtype(name: str) -> jnp.dtype:
@@ -133,9 +134,26 @@ def build(
         schedule=schedule,
         parameterization=parameterization,
         latent_shape=shape,
+        classifier=build_classifier(config, shape),
     )
     check_channels(config, model)
     return model
+
+
+def build_classifier(
+    config: ml_collections.ConfigDict, latent_shape: tuple[int, int, int]
+) -> nn.Module | None:
+    """The classifier of noisy latents that a config may have."""
+    if "classifier" not in config:
+        return None
+    options = dict(
+        image_size=latent_shape[0],
+        in_channels=latent_shape[-1],
+        out_channels=config.classifier.num_classes,
+        dtype=compute_dtype(config.dtype),
+    )
+    options |= config.classifier.net
+    return construct("classifier.net", encoder_unet.EncoderUNet, options)
 
 
 def build_process(
@@ -217,6 +235,13 @@ def init_diffusion(
     return params
 
 
+def init_classifier(model: LatentDiffusion, key: jax.Array) -> dict[str, Any]:
+    """The params of the classifier of noisy latents, {"classifier": …}."""
+    z = jnp.zeros((1, *model.latent_shape))
+    t = jnp.zeros([1], jnp.int32)
+    return {"classifier": model.classifier.init(key, z, t)["params"]}
+
+
 def make_tools(
     model: LatentDiffusion,
     frozen: first_stage.FirstStage,
@@ -274,6 +299,19 @@ def conditioning_shapes(
     return jax.eval_shape(make, jax.random.key(0))
 
 
+def classifier_score(
+    model: LatentDiffusion, params: Any, label: jax.Array, scale: jax.Array
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """What the classifier adds for classes `label` [b], `scale` times."""
+
+    def log_prob(z_t, t):
+        logits = model.classifier.apply({"params": params}, z_t, t)
+        rows = jax.nn.log_softmax(logits.astype(jnp.float32))
+        return jnp.take_along_axis(rows, label[:, None], axis=-1)[:, 0]
+
+    return guidance.classifier_score(log_prob, scale)
+
+
 def apply_unet(
     model: LatentDiffusion,
     params: Any,
@@ -305,11 +343,13 @@ def make_denoiser(
     scales: Sequence[denoiser.Scale] = (),
     *,
     guidance_rescale: jax.Array | float | None = None,
+    score: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     window: tuple[int, int] | None = None,
 ) -> denoiser.Denoise:
     """`denoise(z_t, t) -> (x0_hat, eps_hat)` of these params, guided by `scales`.
 
-    `conds` are for more and more conditions, see `denoiser.make_denoiser`. `window` is
+    `conds` are for more and more conditions, see `denoiser.make_denoiser`, which takes
+    `score` too. `window` is
     how much of a latent the net sees at once, [h, w], see tiling.py.
     """
 
@@ -330,5 +370,6 @@ def make_denoiser(
         conds,
         scales,
         guidance_rescale=guidance_rescale,
+        score=score,
         constrain=(lambda x: jnp.clip(x, -1, 1)) if pixels else None,
     )

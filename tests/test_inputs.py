@@ -8,6 +8,7 @@ from PIL import Image
 
 from ldm_jax import config as config_lib
 from ldm_jax import draw, inputs, sample
+from ldm_jax import loaded as loaded_lib
 from ldm_jax.config import UserError
 from tests import runs
 
@@ -163,7 +164,8 @@ def _fails(capsys, *argv):
 
 
 def test_help_lists_what_the_model_takes(inpainting, unconditional, capsys):
-    for workdir, taken in ((inpainting, {"image", "mask"}), (unconditional, set())):
+    cases = ((inpainting, {"image", "mask"}), (unconditional, {"label"}))
+    for workdir, taken in cases:
         with pytest.raises(SystemExit):
             sample.main([f"--workdir={workdir}", "--help"])
         text = capsys.readouterr().out
@@ -220,13 +222,13 @@ def test_a_hole_is_filled_by_the_command_as_by_the_api(inpainting, tmp_path):
     sample.main([f"--workdir={inpainting}", *files, "--count=2", f"--out={out}"])
     drawn = np.stack([np.asarray(Image.open(f)) for f in sorted(out.iterdir())])
     given = {"image": _rgb(16)[None], "mask": (mask > 0)[None].astype(np.uint8)}
-    expected = sample.load(inpainting).sample(inputs=given, count=2)
+    expected = loaded_lib.load(inpainting).sample(inputs=given, count=2)
     np.testing.assert_array_equal(drawn, expected)
     assert (drawn[0] != drawn[1]).any()
     # What is in the hole is not looked at, what is around it is.
     inside, outside = _rgb(16), _rgb(16)
     inside[4:12], outside[:4] = 0, 0
-    loaded = sample.load(inpainting)
+    loaded = loaded_lib.load(inpainting)
     for picture, same in ((inside, True), (outside, False)):
         again = loaded.sample(inputs=given | {"image": picture[None]}, count=2)
         assert np.array_equal(again, expected) == same

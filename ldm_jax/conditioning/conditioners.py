@@ -87,7 +87,8 @@ class Conditioner:
     Guidance drops all rows in its unconditional half, unless `guided` is False: a
     picture to be completed is part of the task, not of the prompt. `noise_levels` is
     how many levels of noise it can be given. `remembered` maps the latents of training
-    pictures [b, h, w, c] to what `before` will look up, [b, d].
+    pictures [b, h, w, c] to what `before` will look up, [b, d]. `weights` says where
+    those of a net that is not trained are, see frozen.py.
     """
 
     fields: tuple[str, ...]
@@ -102,6 +103,7 @@ class Conditioner:
     noise_levels: int = 0
     before: Callable[[jax.Array, Tools], Any] | None = None
     remembered: Callable[[jax.Array], jax.Array] | None = None
+    weights: str | None = None
 
     @property
     def has_params(self) -> bool:

@@ -4,6 +4,7 @@ Each builder takes the run's `Setting` and the keys of its config section, and g
 `Conditioner`. KINDS at the foot names them. Column names are those of data/sources.py.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -203,10 +204,12 @@ def build(
                 f"conditioners.{name}.slot: {slot!r}; {nearest(slot, SLOTS)}"
             )
         kwargs.pop("tokenizer", None)
+        weights = kwargs.pop("weights", None)
         setting = Setting(size, latent_shape, tokenizer_of.get(name), name)
-        conditioners[name] = construct(
+        made = construct(
             f"conditioners.{name}", functools.partial(KINDS[kind], setting), kwargs
         )
+        conditioners[name] = dataclasses.replace(made, weights=weights)
     return conditioners
 
 

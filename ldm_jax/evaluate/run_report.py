@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 
 from ldm_jax import first_stage as first_stage_lib
+from ldm_jax import loaded as loaded_lib
 from ldm_jax import model as model_lib
-from ldm_jax import picture, sample, shown
+from ldm_jax import picture, shown
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import kinds
 from ldm_jax.data import pipeline, sources
@@ -123,7 +124,7 @@ def raw_conditions(
 
 
 def sampling(
-    loaded: sample.LoadedModel, source: sources.Source, count: int
+    loaded: loaded_lib.LoadedModel, source: sources.Source, count: int
 ) -> tuple[dict[str, float], Image.Image]:
     """Draws a picture for each of `count` examples' conditions; scores and a sheet.
 
@@ -168,14 +169,14 @@ def evaluate(
         scores["reconstruction, held out"] = reconstruction(
             config,
             net,
-            sample.load_first_stage(workdir, config),
+            loaded_lib.load_first_stage(workdir, config),
             heldout_source,
             settings.eval_images,
             weights,
         )
     if "diffusion" not in config.stages:
         return scores
-    loaded = sample.load(workdir)
+    loaded = loaded_lib.load(workdir)
     for name, source in (("training", train_source), ("held-out", heldout_source)):
         count = min(settings.retrieval_captions, len(source))
         found, sheet = sampling(loaded, source, count)

@@ -13,8 +13,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from ldm_jax import config as config_lib
+from ldm_jax import frozen as frozen_lib
+from ldm_jax import loaded as loaded_lib
 from ldm_jax import model as model_lib
-from ldm_jax import sample
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
@@ -28,12 +29,13 @@ from ldm_jax.train import (
     report,
     sharding,
     step_autoencoder,
+    step_classifier,
     step_diffusion,
 )
 from ldm_jax.train import stage as stage_lib
 from ldm_jax.train import state as train_state
 
-STAGES = ("autoencoder", "diffusion")
+STAGES = ("autoencoder", "diffusion", "classifier")
 PLACELESS = ("caption", "label")  # conditions that say nothing of where
 
 
@@ -96,6 +98,8 @@ def check(
         step_autoencoder.check(config, net, mesh)
     if "diffusion" in config.stages:
         step_diffusion.check(config)
+    if "classifier" in config.stages:
+        step_classifier.check(config)
     if workdir_lib.config_path(workdir).exists():
         changed = config_lib.differences(workdir_lib.read_config(workdir), config)
         if changed:
@@ -382,6 +386,7 @@ def plan(
     inits = {
         "autoencoder": lambda: model_lib.init_autoencoder(config, net, key)[0],
         "diffusion": lambda: model_lib.init_diffusion(config, model, key),
+        "classifier": lambda: model_lib.init_classifier(model, key),
     }
     for name in config.stages:
         if name == "autoencoder" and handover.is_taken(config):
@@ -446,13 +451,19 @@ def train(
                 check_field(name, field, train_source)
                 check_field(name, field, heldout_source)
         check_ops(config, model)
-        step_diffusion.check_weights(model)
+        if "classifier" in config.stages:
+            for source in (train_source, heldout_source):
+                step_classifier.check_labels(config, model, source)
+        frozen_lib.check(model)
+        encoders = frozen_lib.load(model, workdir)
     finished = checkpoint.Checkpoints(workdir / "autoencoder").finished()
     taken = handover.is_taken(config)
     if "autoencoder" in config.stages and not finished and not taken:
         frozen = step_autoencoder.load_frozen(config)
     plan(config, net, model, len(train_source))
     open_workdir(workdir, config, tokenizer_of)
+    if model is not None and jax.process_index() == 0:
+        frozen_lib.write(workdir, encoders)
 
     # ---- Stages -----------------------------------------------------------------
     for name in config.stages:
@@ -466,13 +477,15 @@ def train(
         else:
             first_stage = step_diffusion.remember(
                 model,
-                sample.load_first_stage(workdir, config),
+                loaded_lib.load_first_stage(workdir, config),
                 train_source,
                 config.data.ops,
             )
             if jax.process_index() == 0:
                 workdir_lib.write_memory(workdir, first_stage.memory)
-            stage = step_diffusion.make_stage(
+            first_stage = first_stage.replace(encoders=encoders)
+            kind = step_diffusion if name == "diffusion" else step_classifier
+            stage = kind.make_stage(
                 config, model, first_stage, train_source, heldout_source
             )
         state = run_stage(config, stage, mesh, workdir, stop, started)

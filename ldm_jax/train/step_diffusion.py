@@ -57,7 +57,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
         tools = model_lib.make_tools(model, first_stage, row_keys)
         cond = conditioning.encode(
             model.conditioners,
-            params["conditioners"],
+            {**params["conditioners"], **first_stage.encoders},
             batch,
             None if deterministic else keys[CONDITION],
             tools,
@@ -117,17 +117,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     gamma = settings["min_snr_gamma"]
     if gamma is not None:
         objective.min_snr_weights(schedule, parameterization, gamma)
-
-
-def check_weights(model: model_lib.LatentDiffusion) -> None:
-    """A conditioner that is not trained needs weights from somewhere."""
-    for name, conditioner in model.conditioners.items():
-        if conditioner.has_params and not conditioner.trainable:
-            raise UserError(
-                f"conditioners.{name}.trainable: False, but a frozen net needs"
-                " pretrained weights, which this version can't import yet; set it to"
-                " True to train it from scratch"
-            )
 
 
 def prepare_fields(

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from ldm_jax import sample
+from ldm_jax import loaded as loaded_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
 from ldm_jax.train import checkpoint, handover, loop
@@ -33,8 +33,8 @@ def test_the_new_run_has_that_first_stage(other, tmp_path):
     assert not workdir.exists()
     tokenizers = {"text": runs.tokenizer()}
     loop.open_workdir(workdir, config, tokenizers)
-    expected = sample.load_first_stage(other, workdir_lib.read_config(other))
-    found = sample.load_first_stage(workdir, workdir_lib.read_config(workdir))
+    expected = loaded_lib.load_first_stage(other, workdir_lib.read_config(other))
+    found = loaded_lib.load_first_stage(workdir, workdir_lib.read_config(workdir))
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
     # And keeps it when the other one is gone.

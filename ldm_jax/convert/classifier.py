@@ -1,0 +1,65 @@
+"""State dicts of CompVis' classifier of noised latents to this package's parameters.
+
+Keys are unprefixed (`input_blocks.0.0.weight`). Up to the head they are a UNet's.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from ldm_jax.convert import compvis
+from ldm_jax.nets import encoder_unet, unet
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# {our layer of the head: its place in torch's sequence}
+_HEADS = {
+    "adaptive": {"norm_out": "out.0", "logits": "out.3"},
+    "attention": {"norm_out": "out.0", "attn_pool": "out.2"},
+    "spatial": {"hidden": "out.0", "logits": "out.2"},
+    "spatial_v2": {"hidden": "out.0", "norm_out": "out.1", "logits": "out.3"},
+}
+
+
+def encoder_unet_rules(
+    net: encoder_unet.EncoderUNet, shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[compvis.Rule]:
+    """Rules of every parameter of `net`, whose `abstract_params` are `shapes`."""
+    head = _HEADS[net.pool]
+    trunk = {path: s for path, s in shapes.items() if path.split("/")[0] not in head}
+    # The names of blocks hang on these options alone.
+    whole = unet.UNet(
+        in_channels=net.in_channels,
+        model_channels=net.model_channels,
+        out_channels=net.out_channels,
+        num_res_blocks=net.num_res_blocks,
+        attention_resolutions=net.attention_resolutions,
+        channel_mult=net.channel_mult,
+        resblock_updown=net.resblock_updown,
+    )
+    yield from compvis.unet_rules(whole, trunk)
+    for path in sorted(shapes.keys() - trunk.keys()):
+        first, *between, leaf = path.split("/")
+        key = ".".join([head[first], *between, _LEAVES.get(leaf, leaf)])
+        yield compvis.Rule(path, key, _head_layout(net.pool, path))
+
+
+def encoder_unet_params(
+    state_dict: Mapping[str, np.ndarray], net: encoder_unet.EncoderUNet
+) -> dict[str, Any]:
+    """Params of `net` from a classifier's state dict; ValueError where one misfits."""
+    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    rules = encoder_unet_rules(net, shapes)
+    return compvis.convert(state_dict, rules, shapes, ignorable="")
+
+
+def _head_layout(pool: str, path: str) -> compvis.Layout:
+    if path.endswith("/positional_embedding"):
+        return compvis.LINEAR  # [c, tokens] there
+    if not path.endswith("/kernel"):
+        return compvis.AS_IS
+    convolutions = {
+        "adaptive": compvis.POINTWISE_2D,
+        "attention": compvis.POINTWISE_1D,
+    }
+    return convolutions.get(pool, compvis.LINEAR)

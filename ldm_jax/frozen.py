@@ -1,0 +1,132 @@
+"""Weights of conditioning nets that are not trained: fetched once, kept in the run.
+
+A frozen net's section names them: a file (.safetensors, .bin, .pt, .ckpt), a folder of
+transformers, or a hub id, REPO or REPO:SUBFOLDER. The run holds its own copy,
+conditioners/NAME.safetensors, so that sampling needs neither.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+
+from ldm_jax import model as model_lib
+from ldm_jax.config import UserError
+from ldm_jax.convert import torch_archive, towers
+
+FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder or on the hub
+
+
+def names(model: model_lib.LatentDiffusion) -> list[str]:
+    """The conditions whose nets are frozen."""
+    return [
+        name
+        for name, c in model.conditioners.items()
+        if c.has_params and not c.trainable
+    ]
+
+
+def check(model: model_lib.LatentDiffusion) -> None:
+    """Raises UserError for a frozen net that names no weights."""
+    for name in names(model):
+        if model.conditioners[name].weights is None:
+            raise UserError(
+                f"conditioners.{name}.trainable: False, but a frozen net needs weights;"
+                f" set conditioners.{name}.weights to a file, a folder or a hub id, or"
+                " trainable to True to train it from scratch"
+            )
+
+
+def load(model: model_lib.LatentDiffusion, workdir: pathlib.Path) -> dict[str, Any]:
+    """{name: params} of all frozen nets: the run's copies, else what configs name."""
+    params = {}
+    for name in names(model):
+        conditioner, path = model.conditioners[name], _path(workdir, name)
+        if path.is_file():
+            flat = _read_safetensors(path, "--workdir")
+            params[name] = flax.traverse_util.unflatten_dict(flat, sep="/")
+            continue
+        option = f"conditioners.{name}.weights"
+        if conditioner.weights is None:
+            raise UserError(f"--workdir: {path} is missing; set {option} and train")
+        state_dict = read(conditioner.weights, option)
+        try:
+            params[name] = towers.params_of(conditioner.net, state_dict)
+        except ValueError as error:
+            raise UserError(f"{option}: {conditioner.weights!r}: {error}") from error
+    return params
+
+
+def write(workdir: pathlib.Path, params: Mapping[str, Any]) -> None:
+    """Stores the run's copies, each whole or not at all."""
+    for name, tree in params.items():
+        path = _path(workdir, name)
+        if path.is_file():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        flat = flax.traverse_util.flatten_dict(tree, sep="/")
+        flat = {k: np.ascontiguousarray(v, np.float32) for k, v in flat.items()}
+        safetensors_numpy.save_file(flat, partial)
+        os.replace(partial, path)
+
+
+def read(source: str, option: str) -> dict[str, np.ndarray]:
+    """The state dict of `source`; UserErrors name `option`."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_dir():
+        found = [path / name for name in FILES if (path / name).is_file()]
+        if not found:
+            raise UserError(f"{option}: {source!r} has no {' or '.join(FILES)} in it")
+        path = found[0]
+    elif not path.is_file():
+        looks_local = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+        if looks_local or source.startswith((".", "/", "~")):
+            raise UserError(f"{option}: no file or folder {source!r}")
+        path = _fetch(source, option)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path, option)
+    tree = torch_archive.load(path)
+    return dict(tree.get("state_dict", tree))
+
+
+def _path(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    return workdir / "conditioners" / f"{name}.safetensors"
+
+
+def _read_safetensors(path: pathlib.Path, option: str) -> dict[str, np.ndarray]:
+    try:
+        return safetensors_numpy.load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{option}: {path} can't be read ({error})") from error
+
+
+def _fetch(source: str, option: str) -> pathlib.Path:
+    """From the hub, or its cache on this machine."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    repo, _, subfolder = source.partition(":")
+    for name in FILES:
+        try:
+            return pathlib.Path(
+                huggingface_hub.hf_hub_download(repo, name, subfolder=subfolder or None)
+            )
+        except (
+            errors.LocalEntryNotFoundError,  # no network
+            errors.RepositoryNotFoundError,
+            errors.HFValidationError,
+        ) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{option}: {source!r} is no file here and can't be fetched ({reason});"
+                " give the path of its weights"
+            ) from error
+        except errors.EntryNotFoundError:
+            continue
+    raise UserError(f"{option}: {source!r} has no {' or '.join(FILES)}")

@@ -1,0 +1,133 @@
+"""Frozen conditioning nets: weights from a path, kept in the run, errors in a line."""
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+import ldm_jax
+from ldm_jax import config as config_lib
+from ldm_jax import frozen
+from ldm_jax.config import UserError
+from ldm_jax.train import __main__ as train_main
+from ldm_jax.train import loop
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+CLIP = dict(kind="clip", dim=32, depth=1, heads=2)
+
+
+def hugging_face(vocab, length=20, dim=32):
+    """A CLIP text tower's state dict with one layer, at random."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return (0.3 * rng.normal(size=shape)).astype(np.float32)
+
+    prefix = "text_model.encoder.layers.0"
+    weights = {
+        "text_model.embeddings.token_embedding.weight": draw(vocab, dim),
+        "text_model.embeddings.position_embedding.weight": draw(length, dim),
+        "text_model.final_layer_norm.weight": 1 + draw(dim),
+        "text_model.final_layer_norm.bias": draw(dim),
+        "visual_projection.weight": draw(4, 4),
+        "logit_scale": np.zeros([], np.float32),
+    }
+    for name in ("layer_norm1", "layer_norm2"):
+        weights |= {f"{prefix}.{name}.weight": 1 + draw(dim)}
+        weights |= {f"{prefix}.{name}.bias": draw(dim)}
+    for name in ("q", "k", "v", "out"):
+        weights |= {f"{prefix}.self_attn.{name}_proj.weight": draw(dim, dim)}
+        weights |= {f"{prefix}.self_attn.{name}_proj.bias": draw(dim)}
+    for name, shape in (("fc1", (4 * dim, dim)), ("fc2", (dim, 4 * dim))):
+        weights |= {f"{prefix}.mlp.{name}.weight": draw(*shape)}
+        weights |= {f"{prefix}.mlp.{name}.bias": draw(shape[0])}
+    return weights
+
+
+def _config(weights):
+    config = runs.debug()
+    config.conditioners.text.update(dict(trainable=False, weights=weights))
+    config.conditioners.text.net = CLIP | dict(vocab_size=2048)
+    return config
+
+
+def _write(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    weights = {**hugging_face(2048), **changes}
+    weights = {k: v for k, v in weights.items() if v is not None}
+    safetensors_numpy.save_file(weights, folder / "model.safetensors")
+    return str(folder)
+
+
+def test_a_frozen_tower_trains_nothing_and_stays_with_the_run(tmp_path):
+    weights = _write(tmp_path / "clip")
+    config, workdir = _config(weights), tmp_path / "run"
+    assert loop.train(config, workdir)
+    (tmp_path / "clip" / "model.safetensors").unlink()  # the run has its own
+    loaded = ldm_jax.load(workdir)
+    assert "text" not in loaded.params["conditioners"]
+    table = loaded.first_stage.encoders["text"]["token_emb"]
+    expected = hugging_face(2048)["text_model.embeddings.token_embedding.weight"]
+    np.testing.assert_array_equal(table, expected)
+    assert loaded.sample("a red circle", steps=2).shape == (1, 16, 16, 3)
+
+
+def test_a_tower_is_read_from_every_place(tmp_path):
+    folder = _write(tmp_path / "clip")
+    model = runs.build(_config(folder))
+    ours = frozen.load(model, tmp_path / "none")["text"]
+    file = tmp_path / "clip" / "model.safetensors"
+    again = frozen.load(runs.build(_config(str(file))), tmp_path / "none")["text"]
+    jax.tree.map(np.testing.assert_array_equal, ours, again)
+    whole = {
+        f"cond_stage_model.transformer.{k}": v
+        for k, v in hugging_face(2048).items()
+        if k.startswith("text_model.")
+    } | {"first_stage_model.x": np.zeros(3, np.float32)}
+    safetensors_numpy.save_file(whole, tmp_path / "sd.safetensors")
+    model = runs.build(_config(str(tmp_path / "sd.safetensors")))
+    again = frozen.load(model, tmp_path / "none")["text"]
+    jax.tree.map(np.testing.assert_array_equal, ours, again)
+
+
+@pytest.mark.parametrize(
+    ("weights", "words"),
+    [
+        (None, "conditioners.text.trainable: False, but a frozen net needs weights"),
+        ("/nowhere/clip", "text.weights: no file or folder '/nowhere/clip'"),
+        ("clip.safetensors", "text.weights: no file or folder 'clip.safetensors'"),
+        ("no-one/has-this", "'no-one/has-this' is no file here and can't be fetched"),
+    ],
+)
+def test_weights_that_are_not_there(tmp_path, weights, words):
+    model = runs.build(_config(weights))
+    with pytest.raises(UserError, match=words):
+        frozen.check(model)
+        frozen.load(model, tmp_path)
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    key = "text_model.final_layer_norm.bias"
+    missing = _write(tmp_path / "a", **{key: None})
+    other = _write(tmp_path / "b", **{key: np.zeros(7, np.float32)})
+    for folder, words in ((missing, f"missing {key}"), (other, f"{key} of shape .7,")):
+        with pytest.raises(UserError, match=words):
+            frozen.load(runs.build(_config(folder)), tmp_path / "none")
+    (tmp_path / "c").mkdir()
+    with pytest.raises(UserError, match="has no model.safetensors or"):
+        frozen.read(str(tmp_path / "c"), "x")
+    (tmp_path / "c" / "model.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="x: .*can't be read"):
+        frozen.read(str(tmp_path / "c"), "x")
+
+
+def test_the_command_says_so_before_anything_is_written(tmp_path, capsys):
+    argv = [f"--config={runs.TXT2IMG}:debug", f"--workdir={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit) as stopped:
+        train_main.main([*argv, "--config.conditioners.text.trainable=False"])
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and "set conditioners.text.weights to a file" in line
+    assert not (tmp_path / "run").exists()
+    assert config_lib.load(f"{runs.TXT2IMG}:sd1").conditioners.text.weights
