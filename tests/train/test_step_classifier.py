@@ -41,20 +41,20 @@ def _batch(model, n=64):
     rng = np.random.default_rng(0)
     return {
         "moments": rng.normal(size=(n, h, w, 2 * c)).astype(np.float32),
-        "class": rng.integers(0, 21, n).astype(np.int32),
+        "class": rng.integers(0, 24, n).astype(np.int32),
         "_mask": (np.arange(n) < n - 3).astype(np.float32),
     }
 
 
 def test_loss_and_accuracies(made):
-    """An untrained net guesses: its loss is about ln 21 or more, top-5 beats top-1."""
+    """An untrained net guesses: its loss is about ln 24 or more, top-5 beats top-1."""
     _, model, frozen, params = made
     loss = jax.jit(step_classifier.make_loss(model), static_argnums=4)
     batch = _batch(model)
     value, metrics = loss(params, frozen, batch, jax.random.key(0), True)
     assert metrics["loss"][1] == 61
     np.testing.assert_allclose(value, metrics["loss"][0] / 61, rtol=1e-6)
-    assert value > 0.8 * np.log(21)
+    assert value > 0.8 * np.log(24)
     assert metrics["top1"][0] <= metrics["top5"][0] <= 61
     parts = np.array([metrics[f"top1_q{q}"] for q in range(4)])
     np.testing.assert_allclose(parts.sum(0), [metrics["top1"][0], 61])
@@ -98,8 +98,8 @@ def test_samples_are_drawn_towards_a_class(made, tmp_path):
     np.testing.assert_array_equal(draw(inputs=labels, classifier_scale=0.0), free)
     towards = draw(inputs=labels, classifier_scale=3.0)
     assert np.abs(towards.astype(int) - free).max() > 2
-    with pytest.raises(UserError, match="label: 21 is no class; choose from 0 to 20"):
-        draw(inputs={"label": np.array([21])})
+    with pytest.raises(UserError, match="label: 24 is no class; choose from 0 to 23"):
+        draw(inputs={"label": np.array([24])})
     with pytest.raises(
         UserError, match="--classifier_scale: 2.0, but there is no --la"
     ):
@@ -131,10 +131,10 @@ def test_what_cannot_be_learned_is_named():
 def test_labels_must_be_there_and_fit(made):
     config, model, _, _ = made
     x = np.zeros((2, 16, 16, 3), np.uint8)
-    good = sources.Source({"image": x, "label": np.array([0, 20])})
+    good = sources.Source({"image": x, "label": np.array([0, 23])})
     step_classifier.check_labels(config, model, good)
     with pytest.raises(UserError, match="classifier.field: 'label' is not in the data"):
         step_classifier.check_labels(config, model, sources.Source({"image": x}))
     far = good.with_fields(label=np.array([0, 25]))
-    with pytest.raises(UserError, match="num_classes: 21, but label .* set it to 26"):
+    with pytest.raises(UserError, match="num_classes: 24, but label .* set it to 26"):
         step_classifier.check_labels(config, model, far)
