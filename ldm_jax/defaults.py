@@ -291,7 +291,8 @@ def scenes(count: int = 8192) -> ConfigDict:
     """The same on composed scenes, for shorter: what a task needs to show itself."""
     config = emoji()
     config.data.source = "openmoji_scenes"
-    config.data.options = ConfigDict(dict(count=count, objects=(1, 3)))
+    options = dict(count=count, objects=(1, 3), endless=False)
+    config.data.options = ConfigDict(options)
     config.diffusion_stage.steps = 1500
     return config
 

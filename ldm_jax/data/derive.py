@@ -4,9 +4,9 @@ A config lists them under data.derive: `low_res=dict(factor=4, kind="pil_bicubic
 `mask=dict(full=0.25)`. Example i of a split gets the same ones in every run.
 """
 
-import functools
+import dataclasses
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,35 +25,43 @@ def add(
     """The source with one column more for each section; pictures are as after `ops`."""
     if not sections:
         return source
-    images, seed, columns = (
-        pipeline.pictures(source, ops),
-        zlib.crc32(split.encode()),
-        {},
-    )
+    seed, makers = zlib.crc32(split.encode()), {}
     for name, section in sections.items():
         if name not in DERIVED:
             raise UserError(f"data.derive.{name}: {nearest(name, DERIVED)}")
-        make = functools.partial(DERIVED[name], images, seed)
-        columns[name] = construct(f"data.derive.{name}", make, dict(section))
-    return source.with_fields(**columns)
+        makers[name] = construct(f"data.derive.{name}", DERIVED[name], dict(section))
+
+    def made(image, index):
+        return {
+            name: make(image, np.random.default_rng((seed, index)))
+            for name, make in makers.items()
+        }
+
+    rows = [made(x, i) for i, x in enumerate(pipeline.pictures(source, ops))]
+    columns = {name: np.stack([row[name] for row in rows]) for name in makers}
+    added = source.with_fields(**columns)
+    if source.example is None:
+        return added
+
+    def example(index):
+        row = source.example(index)
+        return row | made(row["image"], index)
+
+    return dataclasses.replace(added, example=example)
 
 
-def low_res(
-    images: np.ndarray, seed: int, *, factor: int = 4, kind: str = "pil_bicubic"
-) -> np.ndarray:
-    """Small copies uint8 [n, h / factor, w / factor, 3]; see degrade.py."""
-    return np.stack(
-        [
-            degrade.degrade(x, factor, kind, np.random.default_rng((seed, index)))
-            for index, x in enumerate(images)
-        ]
-    )
+# The picture after data.ops, uint8 [h, w, 3], and what is random -> the new value.
+Maker = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 
-def mask(images: np.ndarray, seed: int, *, full: float = masks.FULL) -> np.ndarray:
-    """Holes uint8 [n, h, w], 1 is hole; see masks.py."""
-    n, h, w, _ = images.shape
-    return masks.masks(n, h, w, seed, full)
+def low_res(*, factor: int = 4, kind: str = "pil_bicubic") -> Maker:
+    """A small copy uint8 [h / factor, w / factor, 3]; see degrade.py."""
+    return lambda image, rng: degrade.degrade(image, factor, kind, rng)
+
+
+def mask(*, full: float = masks.FULL) -> Maker:
+    """Holes uint8 [h, w], 1 is hole; see masks.py."""
+    return lambda image, rng: masks.random_mask(rng, *image.shape[:2], full)
 
 
 # What data.derive may list.

@@ -48,13 +48,3 @@ def _stroke(draw: ImageDraw.ImageDraw, rng, height: int, width: int) -> None:
             r = breadth / 2
             draw.ellipse((x - r, y - r, x + r, y + r), fill=1)
         here = there
-
-
-def masks(count: int, height: int, width: int, seed: int, full: float = FULL):
-    """uint8 [count, height, width]; mask i is the same whatever `count` is."""
-    return np.stack(
-        [
-            random_mask(np.random.default_rng((seed, index)), height, width, full)
-            for index in range(count)
-        ]
-    )

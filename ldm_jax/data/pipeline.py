@@ -41,14 +41,18 @@ def train_batches(
 
     `batch_size` is the global one; host h gets the h-th contiguous part of each batch.
     `fields` are the columns to carry, by default all but strings; `image` arrives as
-    uint8 [h, w, 3] unless `ops` (see `preprocess`) change it.
+    uint8 [h, w, 3] unless `ops` (see `preprocess`) change it. Position p of an endless
+    source is its example p.
     """
     local = _local_batch_size(batch_size, process_count)
     n = len(source)
     read = _reader(source, ops, fields)
+    make = None if source.example is None else _maker(source, ops, fields)
 
     def example(count):
         position = count // local * batch_size + process_index * local + count % local
+        if make is not None:
+            return make(position, tf.stack([tf.constant(seed, tf.int64), position]))
         order_seed = tf.stack([tf.constant(seed, tf.int64), position // n])
         index = tf.random.experimental.index_shuffle(position % n, order_seed, n - 1)
         return read(index, tf.stack([tf.constant(seed, tf.int64), position]))
@@ -196,6 +200,29 @@ def _reader(source: Source, ops, fields):
         return process(example, seed)
 
     return read
+
+
+def _maker(source: Source, ops, fields):
+    """Makes `make(position, seed) -> example`, processed, of an endless source."""
+    like = {
+        name: column
+        for name, column in source.fields.items()
+        if (name in fields if fields else name == "image" or _is_numeric(column))
+    }
+    process = preprocess.chain(ops)
+
+    def values(position):
+        row = source.example(int(position))
+        return [np.asarray(row[name], like[name].dtype) for name in like]
+
+    def make(position, seed):
+        types = [column.dtype for column in like.values()]
+        made = tf.numpy_function(values, [position], types, stateful=False)
+        for value, column in zip(made, like.values(), strict=True):
+            value.set_shape(column.shape[1:])
+        return process(dict(zip(like, made, strict=True)), seed)
+
+    return make
 
 
 def _is_numeric(column: np.ndarray) -> bool:

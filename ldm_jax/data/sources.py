@@ -11,7 +11,8 @@ import inspect
 import json
 import pathlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -28,10 +29,14 @@ class Source:
     [n, h, w, c]), encoded files (object, bytes), or paths of files (str), to be read
     when an example is needed. Other columns are arrays [n, ...], texts object arrays of
     str (one long caption would widen a whole array of fixed width).
+
+    An endless source makes example i of any number by `example(i)`, a value for each
+    column; the columns hold the first n of them, for all that looks at the data whole.
     """
 
     fields: dict[str, np.ndarray]
     attribution: str = ""
+    example: Callable[[int], dict[str, Any]] | None = None
 
     def __post_init__(self):
         sizes = {name: len(column) for name, column in self.fields.items()}
@@ -42,7 +47,7 @@ class Source:
         return len(next(iter(self.fields.values())))
 
     def with_fields(self, **columns: np.ndarray) -> "Source":
-        """The same examples with columns added or replaced."""
+        """The same examples, as many as there are, with columns added or replaced."""
         return Source({**self.fields, **columns}, self.attribution)
 
     def take(self, count: int) -> "Source":
@@ -99,19 +104,32 @@ def openmoji(split: str, *, resolution: int = 64, data_dir: str | None = None):
 
 
 def openmoji_scenes(
-    split: str, *, resolution: int = 64, count: int = 4096, objects=(1, 4)
+    split: str,
+    *,
+    resolution: int = 64,
+    count: int = 4096,
+    objects=(1, 4),
+    endless: bool = False,
 ) -> Source:
     """Several emoji on one canvas, with captions, boxes, maps of classes and depth.
 
     Splits `train` and `compositional`; see `ldm_jax.data.openmoji_scenes`. `objects`
     are the fewest and the most of a scene. The held-out split has an eighth of `count`.
+    `endless` goes on composing new ones in training, behind the first `count`.
     """
     from ldm_jax.data import openmoji_scenes as dataset
 
     if split == dataset.SPLITS[1]:
         count = max(count // 8, 1)
     columns = dataset.columns(split, resolution, count, objects)
-    return Source(columns, dataset.openmoji.ATTRIBUTION)
+
+    def example(index):
+        return dataset.scene(split, index, resolution, tuple(objects))
+
+    training = split == dataset.SPLITS[0]
+    return Source(
+        columns, dataset.openmoji.ATTRIBUTION, example if endless and training else None
+    )
 
 
 def folder(split: str, *, path: str, heldout_percent: int = 5) -> Source:

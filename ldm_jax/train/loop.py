@@ -19,10 +19,11 @@ from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
-from ldm_jax.data import pipeline, preprocess, sources
+from ldm_jax.data import pipeline, sources
 from ldm_jax.evaluate import run_report
 from ldm_jax.train import alarms as alarms_lib
 from ldm_jax.train import (
+    check_data,
     checkpoint,
     handover,
     optim,
@@ -36,7 +37,6 @@ from ldm_jax.train import stage as stage_lib
 from ldm_jax.train import state as train_state
 
 STAGES = ("autoencoder", "diffusion", "classifier")
-PLACELESS = ("caption", "label")  # conditions that say nothing of where
 
 
 class StopSignal:
@@ -110,50 +110,6 @@ def check(
     return mesh
 
 
-def check_pictures(
-    config: ml_collections.ConfigDict, net: nn.Module, source: sources.Source
-) -> None:
-    """Looks at one picture: data.ops must leave what resolution and net want."""
-    batches = pipeline.eval_batches(
-        source, batch_size=1, ops=config.data.ops, fields=("image",), limit=1
-    )
-    shape, side = next(batches)["image"].shape[1:], config.resolution
-    if shape[:2] != (side, side):
-        raise UserError(
-            f"data.ops: give pictures of {shape[0]}x{shape[1]}, but resolution is"
-            f" {side}; set the sizes of resize and crop to {side}"
-        )
-    for field in ("in_channels", "out_ch"):
-        if getattr(net, field, shape[2]) != shape[2]:
-            raise UserError(
-                f"autoencoder.{field}: {getattr(net, field)}, but the pictures have"
-                f" {shape[2]} channels; set it to {shape[2]}"
-            )
-
-
-def check_field(name: str, field: str, source: sources.Source) -> None:
-    """A conditioner must find what it reads in the data."""
-    if field not in source.fields:
-        raise UserError(
-            f"conditioners.{name}.field: {field!r} is not in the data, which has"
-            f" {', '.join(source.fields)}"
-        )
-
-
-def check_ops(
-    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion
-) -> None:
-    """Conditions are prepared once, so no random op may move the picture from them."""
-    moved = [op for op, _ in config.data.ops if op in preprocess.RANDOM]
-    for name, conditioner in model.conditioners.items():
-        places = set(conditioner.fields) - set(PLACELESS)
-        if places and moved:
-            raise UserError(
-                f"data.ops: {moved[0]} moves the picture, but not the"
-                f" {sorted(places)[0]} of conditioners.{name}; take it out"
-            )
-
-
 def make_tokenizers(
     config: ml_collections.ConfigDict,
     workdir: pathlib.Path,
@@ -168,7 +124,7 @@ def make_tokenizers(
         if stored.exists():
             made[name] = tokenizers.load(stored)
         elif section.tokenizer.train_vocab_size:
-            check_field(name, section.field, source)
+            check_data.field(name, section.field, source)
             made[name] = tokenizers.train_wordpiece(
                 source.fields[section.field].tolist(),
                 section.tokenizer.train_vocab_size,
@@ -437,7 +393,8 @@ def train(
     # ---- Data, nets, workdir ----------------------------------------------------
     train_source, heldout_source = sources.load_splits(config.data, config.resolution)
     net = model_lib.build_autoencoder(config)
-    check_pictures(config, net, train_source)
+    check_data.pictures(config, net, train_source)
+    check_data.endless(config, train_source)
     report.say(
         f"data {config.data.source}: {len(train_source)} pictures to train on,"
         f" {len(heldout_source)} held out, {config.resolution} pixels"
@@ -448,9 +405,9 @@ def train(
         model = model_lib.build(config, tokenizer_of)
         for name, conditioner in model.conditioners.items():
             for field in conditioner.fields:
-                check_field(name, field, train_source)
-                check_field(name, field, heldout_source)
-        check_ops(config, model)
+                check_data.field(name, field, train_source)
+                check_data.field(name, field, heldout_source)
+        check_data.ops(config, model)
         if "classifier" in config.stages:
             for source in (train_source, heldout_source):
                 step_classifier.check_labels(config, model, source)

@@ -129,6 +129,25 @@ def prepare_fields(
     }
 
 
+def _prepared_example(model: model_lib.LatentDiffusion, source: sources.Source):
+    """What an endless source makes, with its conditions prepared."""
+    if source.example is None:
+        return None
+
+    def example(index):
+        row = source.example(index)
+        columns = {}
+        for field, value in row.items():
+            text = isinstance(value, str)
+            columns[field] = [value] if text else np.asarray(value)[None]
+        fields = prepare_fields(model, columns)
+        return {name: rows[0] for name, rows in fields.items()} | {
+            "image": row["image"]
+        }
+
+    return example
+
+
 def encode_source(
     model: model_lib.LatentDiffusion,
     first_stage: first_stage_lib.FirstStage,
@@ -209,7 +228,8 @@ def make_stage(
             fields["moments"] = encode_source(model, first_stage, source, ops)
         else:
             fields["image"] = source.fields["image"]
-        prepared.append(sources.Source(fields, source.attribution))
+        example = _prepared_example(model, source)
+        prepared.append(sources.Source(fields, source.attribution, example))
         if source is train_source:
             shown_fields = panel_rows(config, raw)
 

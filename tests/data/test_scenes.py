@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import UserError
-from ldm_jax.data import degrade, derive, masks, openmoji_scenes, sources
+from ldm_jax.data import (
+    degrade,
+    derive,
+    masks,
+    openmoji_scenes,
+    pipeline,
+    sources,
+)
+
+OPS = (("to_float", {}),)
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +206,14 @@ def test_each_picture_of_each_split_is_degraded_by_its_own_draws(monkeypatch):
 
 
 def test_holes_are_large_and_now_and_then_everything():
-    drawn = masks.masks(400, 32, 48, seed=0)
+    rngs = [np.random.default_rng(i) for i in range(400)]
+    drawn = np.stack([masks.random_mask(rng, 32, 48, masks.FULL) for rng in rngs])
     assert drawn.shape == (400, 32, 48) and set(np.unique(drawn)) == {0, 1}
     share = drawn.mean(axis=(1, 2))
     assert 0.18 < (share == 1).mean() < 0.32
     assert 0.15 < share[share < 1].mean() < 0.6 and (share > 0).all()
-    np.testing.assert_array_equal(masks.masks(3, 32, 48, seed=0), drawn[:3])
+    again = masks.random_mask(np.random.default_rng(7), 32, 48, masks.FULL)
+    np.testing.assert_array_equal(again, drawn[7])
 
 
 @pytest.mark.parametrize("kind", degrade.KINDS)
@@ -240,3 +251,66 @@ def test_wrong_degradations(factor, kind, error):
     image = np.zeros((64, 64, 3), np.uint8)
     with pytest.raises(UserError, match=error):
         degrade.degrade(image, factor, kind, np.random.default_rng(0))
+
+
+# ---- Endless scenes ------------------------------------------------------------
+
+
+def _endless(**options):
+    options = dict(resolution=16, count=24, objects=(1, 2), endless=True) | options
+    return sources.load("openmoji_scenes", "train", **options)
+
+
+def test_endless_scenes_begin_with_the_stored_ones_and_go_on():
+    source = _endless()
+    for index in (0, 23):
+        row = source.example(index)
+        for name, column in source.fields.items():
+            np.testing.assert_array_equal(row[name], column[index])
+    far = source.example(10**9)
+    assert all(np.any(far["image"] != x) for x in source.fields["image"])
+    heldout = sources.load(
+        "openmoji_scenes", "compositional", resolution=16, count=8, endless=True
+    )
+    assert heldout.example is None
+
+
+def test_batches_of_endless_scenes_are_positions():
+    """Also from a later step, and on two hosts."""
+    source = derive.add(
+        _endless(), dict(mask=dict(full=0.0), low_res=dict(factor=2)), "train", OPS
+    )
+    fields = ("image", "mask", "low_res", "depth", "categories")
+
+    def batch(step, **hosts):
+        batches = pipeline.train_batches(
+            source,
+            batch_size=4,
+            seed=3,
+            start_step=step,
+            ops=OPS,
+            fields=fields,
+            **hosts,
+        )
+        return next(batches)
+
+    for step in (0, 9):
+        whole = batch(step)
+        assert set(whole) == set(fields)
+        for i in range(4):
+            row = source.example(4 * step + i)
+            expected = row["image"].astype(np.float32) / 127.5 - 1
+            np.testing.assert_allclose(whole["image"][i], expected, atol=1e-6)
+            for name in fields[1:]:
+                np.testing.assert_array_equal(whole[name][i], row[name])
+        halves = [batch(step, process_index=h, process_count=2) for h in (0, 1)]
+        both = np.concatenate([half["image"] for half in halves])
+        np.testing.assert_array_equal(both, whole["image"])
+
+
+def test_what_is_derived_is_the_same_stored_and_made_anew():
+    source = derive.add(_endless(), dict(mask=dict(), low_res=dict()), "train", OPS)
+    for index in (0, 20):
+        row = source.example(index)
+        for name in ("mask", "low_res"):
+            np.testing.assert_array_equal(row[name], source.fields[name][index])

@@ -14,7 +14,7 @@ import pytest
 from ldm_jax import config as config_lib
 from ldm_jax.config import UserError
 from ldm_jax.train import __main__ as train_main
-from ldm_jax.train import checkpoint, loop
+from ldm_jax.train import check_data, checkpoint, loop
 from tests import runs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -295,10 +295,10 @@ def test_evaluation_without_tensorflow(tmp_path):
 def test_random_ops_move_pictures_away_from_their_conditions():
     config = config_lib.load(f"{runs.CONFIGS / 'inpainting'}.py:debug")
     model = runs.build(config)
-    loop.check_ops(config, model)
+    check_data.ops(config, model)
     config.data.ops = (("flip_lr", {}), ("to_float", {}))
     with pytest.raises(UserError, match="flip_lr moves the picture, but not the image"):
-        loop.check_ops(config, model)
+        check_data.ops(config, model)
     config = runs.debug()
     config.data.ops = (("flip_lr", {}), ("to_float", {}))
-    loop.check_ops(config, runs.build(config))  # a caption says nothing of where
+    check_data.ops(config, runs.build(config))  # a caption says nothing of where

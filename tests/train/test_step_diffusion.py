@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 
 import ldm_jax
+from ldm_jax import config as config_lib
 from ldm_jax import defaults
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.data import sources
-from ldm_jax.train import stage, step_diffusion
+from ldm_jax.train import loop, stage, step_diffusion
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -250,3 +251,16 @@ def test_sigma_processes_that_cannot_be(section, field, value, words):
     place[field] = value
     with pytest.raises(UserError, match=words):
         step_diffusion.check(config)
+
+
+def test_endless_scenes_train(tmp_path, capsys):
+    """Depth and captions of scenes that no epoch repeats."""
+    config = config_lib.load(f"{runs.CONFIGS / 'depth2img.py'}:debug")
+    config.data.options.update(dict(count=24, endless=True))
+    with pytest.raises(UserError, match="cache_latents: True, but the data is endless"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    config.diffusion_stage.cache_latents = False
+    config.report.retrieval_captions = 2
+    assert loop.train(config, tmp_path / "run")
+    assert "diffusion 2/2" in capsys.readouterr().out
