@@ -10,10 +10,12 @@ METHODS = ("nearest", "bilinear", "bicubic", "lanczos", "area", "adaptive")
 _RADIUS = {"bilinear": 1, "area": 1, "bicubic": 2, "lanczos": 4}
 
 
-def matrix(n_in: int, n_out: int, method: str) -> np.ndarray:
+def matrix(n_in: int, n_out: int, method: str, *, corners: bool = False) -> np.ndarray:
     """float64 [n_out, n_in]: what each output row takes of the input rows.
 
-    Bicubic is Keys' with a = -0.75. Raises ValueError for an unknown method.
+    `corners` puts the first and last rows' centres on each other (torch's
+    `align_corners`), for bilinear and bicubic. Bicubic is Keys' with a = -0.75. Raises
+    ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"method: {method!r}; choose one of {', '.join(METHODS)}")
@@ -32,6 +34,8 @@ def matrix(n_in: int, n_out: int, method: str) -> np.ndarray:
     if method == "area":  # enlarging: blends only where a cell crosses a pixel's edge
         whole = np.floor(i * scale)
         centre = whole + np.maximum(i + 1 - (whole + 1) / scale, 0)
+    if corners:
+        centre = i * (n_in - 1) / max(n_out - 1, 1)
     radius = _RADIUS[method]
     taps = np.floor(centre)[:, None] + np.arange(1 - radius, radius + 1)
     weights = _kernel(centre[:, None] - taps, method)

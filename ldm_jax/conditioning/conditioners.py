@@ -186,6 +186,8 @@ def encode(
         for slot, part in zip(conditioner.slots, outs, strict=True):
             if gone is not None and conditioner.drop_output:
                 part = drop(part, np.zeros(part.shape[1:], part.dtype), gone)
+            if slot == "context" and part.ndim == 2:  # a vector is one token
+                part = part[:, None]
             slots.setdefault(slot, []).append(part)
     joined: dict[str, Any] = {
         slot: jnp.concatenate(parts, axis=1 if slot == "context" else -1)

@@ -24,7 +24,7 @@ from ldm_jax.conditioning.conditioners import (
     Tools,
 )
 from ldm_jax.config import UserError, construct, nearest
-from ldm_jax.nets import embedders, text_encoder
+from ldm_jax.nets import embedders, t5, text_encoder
 
 RESERVED = ("image", "moments")  # names of other columns of a batch
 
@@ -45,16 +45,22 @@ def text(
     nets = {
         "transformer": text_encoder.TextTransformer,
         "clip": text_encoder.CLIPTextTransformer,
+        "t5": t5.T5Encoder,
     }
-    net = {"vocab_size": len(tokenizer), "max_seq_len": length} | dict(net)
+    net = dict(net)
     kind, variant = net.pop("kind"), net.pop("variant", None)
     if kind not in nets:
         raise UserError(f"conditioners.*.net.kind: {kind!r}; {nearest(kind, nets)}")
+    given = {"vocab_size": len(tokenizer)}
+    if kind != "t5":
+        given["max_seq_len"] = length
+    net = given | net
     if variant is not None:
-        if variant not in text_encoder.VARIANTS:
-            hint = nearest(variant, text_encoder.VARIANTS)
+        variants = t5.VARIANTS if kind == "t5" else text_encoder.VARIANTS
+        if variant not in variants:
+            hint = nearest(variant, variants)
             raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
-        net |= text_encoder.VARIANTS[variant]
+        net |= variants[variant]
 
     def prepare(captions: Sequence[str]) -> np.ndarray:
         return tokenizers.encode(tokenizer, list(captions), length)
@@ -174,6 +180,7 @@ KINDS: dict[str, Callable[..., Conditioner]] = {
     "inpainting": pictures.inpainting,
     "depth": pictures.depth,
     "image_embedding": pictures.image_embedding,
+    "clip_image": pictures.clip_image,
     "neighbours": neighbours.neighbours,
 }
 

@@ -7,7 +7,7 @@ Builders of `Conditioner`s, as in kinds.py. Pictures travel as 8 bits and are br
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import einops
@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.conditioning.conditioners import Conditioner, Setting, Tools
-from ldm_jax.config import UserError, nearest
+from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.diffusion import denoiser, schedules
-from ldm_jax.nets import embedders, layers
+from ldm_jax.nets import clip_vision, embedders, layers
 
 NO_CLASS = 255  # in a map of classes
 GREY = 128  # the 8-bit value next to 0 in [-1, 1]
@@ -234,6 +234,53 @@ def image_embedding(
         slots=("vector",),
         prepare=functools.partial(prepare_images, size),
         null=np.full((*size, 3), GREY, np.uint8),
+        dropout=dropout,
+        drop_output=True,
+        noise_levels=max_noise_level,
+        before=before,
+    )
+
+
+def clip_image(
+    setting: Setting,
+    *,
+    net: Mapping[str, Any],
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    max_noise_level: int = 1000,
+    noise_level: int = 0,
+    dropout: float = 0.25,
+) -> Conditioner:
+    """As `image_embedding`, of a frozen CLIP picture tower (SD-unCLIP itself, §6.5).
+
+    `net` are the tower's options or its `variant`; `mean` and `std` those of its
+    embeddings over the training data, if they are to be standardised before the noise.
+    """
+    options, size = dict(net), setting.size
+    variant = options.pop("variant", None)
+    if variant is not None:
+        if variant not in clip_vision.VARIANTS:
+            hint = nearest(variant, clip_vision.VARIANTS)
+            raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
+        options |= clip_vision.VARIANTS[variant]
+    tower = construct("conditioners.*.net", clip_vision.CLIPVisionTransformer, options)
+    schedule = schedules.make_schedule(schedule="squaredcos_cap_v2")
+
+    def before(x: jax.Array, tools: Tools) -> tuple[jax.Array, ...]:
+        level = _level(tools, len(x), max_noise_level, noise_level)
+        like = jnp.zeros([len(x), tower.projection_dim])
+        signal, sigma = denoiser.levels(schedule, level, like)
+        noise = sigma * _noise(tools, like)
+        sinusoids = layers.timestep_embedding(level, tower.projection_dim)
+        return to_float(x), signal, noise, sinusoids
+
+    return Conditioner(
+        fields=("image",),
+        slots=("vector",),
+        prepare=functools.partial(prepare_images, size),
+        null=np.full((*size, 3), GREY, np.uint8),
+        net=clip_vision.ImageVector(tower, mean, std),
+        trainable=False,
         dropout=dropout,
         drop_output=True,
         noise_levels=max_noise_level,

@@ -52,7 +52,7 @@ class Rule(NamedTuple):
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
-def _rename(path: str, table: Mapping[str, str]) -> str:
+def rename(path: str, table: Mapping[str, str]) -> str:
     """Translates the dotted parts of `path`, the longest runs that `table` knows."""
     words, parts = path.split("/"), []
     while words:
@@ -67,7 +67,7 @@ def _rename(path: str, table: Mapping[str, str]) -> str:
     return ".".join(part for part in parts if part)
 
 
-def _plain_layout(path: str, ndim: int) -> Layout:
+def plain_layout(path: str, ndim: int) -> Layout:
     if not path.endswith("/kernel"):
         return AS_IS
     return LINEAR if ndim == 2 else CONV
@@ -187,13 +187,13 @@ def unet_rules(net: unet.UNet, shapes: Mapping[str, tuple]) -> Iterator[Rule]:
         if path == "label_embed":
             yield Rule(path, "label_emb.weight", AS_IS)
             continue
-        layout = _plain_layout(path, len(shape))
+        layout = plain_layout(path, len(shape))
         if re.search(r"(proj_in|proj_out|qkv)/kernel$", path):
             if not net.use_spatial_transformer:
                 layout = POINTWISE_1D
             elif not net.use_linear_in_transformer:
                 layout = POINTWISE_2D
-        yield Rule(path, _rename(path, names), layout)
+        yield Rule(path, rename(path, names), layout)
 
 
 def unet_params(state_dict: Mapping[str, np.ndarray], net: unet.UNet) -> dict:
@@ -229,10 +229,10 @@ def autoencoder_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
             if resample:
                 way, level, kind = resample.groups()
                 names[word] = f"{way}.{level}.{kind}.conv"
-        layout = _plain_layout(path, len(shape))
+        layout = plain_layout(path, len(shape))
         if layout is LINEAR:  # the attention's 1x1 convolutions
             layout = POINTWISE_2D
-        yield Rule(path, _rename(path, names), layout)
+        yield Rule(path, rename(path, names), layout)
 
 
 def autoencoder_params(
@@ -262,7 +262,7 @@ def _text_rules(
     for path, shape in shapes.items():
         layer = re.match(r"layer_(\d+)/", path)
         table = _LEAVES | table_of_layer(int(layer[1]) if layer else -1)
-        yield Rule(path, _rename(path, table), _plain_layout(path, len(shape)))
+        yield Rule(path, rename(path, table), plain_layout(path, len(shape)))
 
 
 def text_transformer_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
@@ -293,15 +293,25 @@ def text_transformer_params(
     return convert(state_dict, text_transformer_rules(shapes), shapes, ignorable)
 
 
-def clip_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
-    """Rules of a CLIP text tower in the layout of Hugging Face."""
+_CLIP_TEXT = {
+    "token_emb": "text_model.embeddings.token_embedding.weight",
+    "pos_emb": "text_model.embeddings.position_embedding.weight",
+    "norm_out": "text_model.final_layer_norm",
+    "text_projection": "text_projection",
+}
+
+
+def clip_rules(
+    shapes: Mapping[str, tuple],
+    names: Mapping[str, str] = _CLIP_TEXT,
+    layers: str = "text_model.encoder.layers",
+) -> Iterator[Rule]:
+    """Rules of a CLIP tower in the layout of Hugging Face, by default that of text."""
 
     def table(i):
         return {
-            "token_emb": "text_model.embeddings.token_embedding.weight",
-            "pos_emb": "text_model.embeddings.position_embedding.weight",
-            "norm_out": "text_model.final_layer_norm",
-            f"layer_{i}": f"text_model.encoder.layers.{i}",
+            **names,
+            f"layer_{i}": f"{layers}.{i}",
             "norm1": "layer_norm1",
             "norm2": "layer_norm2",
             "attn": "self_attn",
@@ -323,20 +333,34 @@ def clip_params(
     shapes = abstract_params(net, _TOKENS)
     ignorable = (
         r"text_model\.embeddings\.position_ids|text_projection\.weight|logit_scale"
+        + _unused_norm(r"text_model\.final_layer_norm", net)
         + _unused_block(r"text_model\.encoder\.layers", net)
     )
     return convert(state_dict, clip_rules(shapes), shapes, ignorable)
 
 
-def openclip_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
-    """Rules of a CLIP text tower in the layout of OpenCLIP: q, k, v are one array."""
+_OPENCLIP_TEXT = {
+    "token_emb": "token_embedding.weight",
+    "pos_emb": "positional_embedding",
+    "norm_out": "ln_final",
+    "text_projection/kernel": "text_projection",
+}
+
+
+def openclip_rules(
+    shapes: Mapping[str, tuple],
+    names: Mapping[str, str] = _OPENCLIP_TEXT,
+    layers: str = "transformer.resblocks",
+) -> Iterator[Rule]:
+    """Rules of a CLIP tower in the layout of OpenCLIP: q, k, v are one array.
+
+    Its projections are stored as they are here, [in, out].
+    """
 
     def table(i):
         return {
-            "token_emb": "token_embedding.weight",
-            "pos_emb": "positional_embedding",
-            "norm_out": "ln_final",
-            f"layer_{i}": f"transformer.resblocks.{i}",
+            **names,
+            f"layer_{i}": f"{layers}.{i}",
             "norm1": "ln_1",
             "norm2": "ln_2",
             "to_out": "out_proj",
@@ -349,6 +373,8 @@ def openclip_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
         if packed:
             key = f"{packed[1]}.in_proj_{packed[3]}"
             rule = rule._replace(key=key, part=("qkv".index(packed[2]), 3))
+        if rule.path.endswith("projection/kernel"):
+            rule = rule._replace(layout=AS_IS)
         yield rule
 
 
@@ -357,8 +383,10 @@ def openclip_params(
 ) -> dict:
     """Params of a CLIP text tower from OpenCLIP's keys (`cond_stage_model.model.`)."""
     shapes = abstract_params(net, _TOKENS)
-    ignorable = r"text_projection|logit_scale|attn_mask|visual\..*" + _unused_block(
-        r"transformer\.resblocks", net
+    ignorable = (
+        r"text_projection|logit_scale|attn_mask|visual\..*"
+        + _unused_norm("ln_final", net)
+        + _unused_block(r"transformer\.resblocks", net)
     )
     return convert(state_dict, openclip_rules(shapes), shapes, ignorable)
 
@@ -367,3 +395,8 @@ def _unused_block(prefix: str, net: text_encoder.CLIPTextTransformer) -> str:
     """Pattern for the last block where the net stops before it."""
     unused = range(net.blocks, net.depth)
     return "".join(rf"|{prefix}\.{i}\..*" for i in unused)
+
+
+def _unused_norm(prefix: str, net: text_encoder.CLIPTextTransformer) -> str:
+    """Pattern for the last norm where the net leaves it out."""
+    return "" if net.final_norm else rf"|{prefix}\..*"

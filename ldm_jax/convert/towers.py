@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.convert import compvis
-from ldm_jax.nets import text_encoder
+from ldm_jax.nets import clip_vision, t5, text_encoder
 
 
 def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -22,6 +24,12 @@ def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str,
         )
     if isinstance(net, text_encoder.CLIPTextTransformer):
         return _clip_text(net, state_dict)
+    if isinstance(net, t5.T5Encoder):
+        return t5_params(state_dict, net)
+    if isinstance(net, clip_vision.CLIPVisionTransformer):
+        return clip_vision_params(state_dict, net)
+    if isinstance(net, clip_vision.ImageVector):
+        return {"tower": clip_vision_params(state_dict, net.tower)}
     raise ValueError(f"weights of a {type(net).__name__} can't be read")
 
 
@@ -34,6 +42,74 @@ def _clip_text(net, state_dict):
         kept = {k: v for k, v in state_dict.items() if k.startswith(parts)}
         return compvis.clip_params(kept, net)
     return compvis.openclip_params(state_dict, net)
+
+
+def t5_params(state_dict: Mapping[str, np.ndarray], net: t5.T5Encoder) -> dict:
+    """Params of T5's encoder from Hugging Face's keys; a decoder is left out."""
+    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+
+    def rules():
+        table = {
+            "token_emb": "shared.weight",
+            "position_bias": "encoder.block.0.layer.0.SelfAttention"
+            ".relative_attention_bias.weight",
+            "norm_out": "encoder.final_layer_norm",
+            "norm1": "layer.0.layer_norm",
+            "norm2": "layer.1.layer_norm",
+            "to_q": "layer.0.SelfAttention.q",
+            "to_k": "layer.0.SelfAttention.k",
+            "to_v": "layer.0.SelfAttention.v",
+            "to_out": "layer.0.SelfAttention.o",
+            "ff_gate": "layer.1.DenseReluDense.wi_0",
+            "ff_in": f"layer.1.DenseReluDense.{'wi_1' if net.gated else 'wi'}",
+            "ff_out": "layer.1.DenseReluDense.wo",
+        }
+        table |= {f"layer_{i}": f"encoder.block.{i}" for i in range(net.depth)}
+        return _rules(shapes, table)
+
+    ignorable = r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*"
+    return compvis.convert(state_dict, rules(), shapes, ignorable)
+
+
+def clip_vision_params(
+    state_dict: Mapping[str, np.ndarray], net: clip_vision.CLIPVisionTransformer
+) -> dict:
+    """Params of a CLIP picture tower from Hugging Face's or OpenCLIP's keys."""
+    x = jax.ShapeDtypeStruct((1, net.image_size, net.image_size, 3), jnp.float32)
+    shapes = compvis.abstract_params(net, x)
+    if any(key.startswith("vision_model.") for key in state_dict):
+        names = {
+            "class_emb": "vision_model.embeddings.class_embedding",
+            "pos_emb": "vision_model.embeddings.position_embedding.weight",
+            "patch": "vision_model.embeddings.patch_embedding",
+            "norm_in": "vision_model.pre_layrnorm",
+            "norm_out": "vision_model.post_layernorm",
+            "projection": "visual_projection",
+        }
+        rules = compvis.clip_rules(shapes, names, "vision_model.encoder.layers")
+        ignorable = r"(text_model|text_projection|logit_scale).*|.*position_ids"
+    else:
+        state_dict = {
+            key.removeprefix("model."): value for key, value in state_dict.items()
+        }
+        names = {
+            "class_emb": "visual.class_embedding",
+            "pos_emb": "visual.positional_embedding",
+            "patch": "visual.conv1",
+            "norm_in": "visual.ln_pre",
+            "norm_out": "visual.ln_post",
+            "projection/kernel": "visual.proj",
+        }
+        rules = compvis.openclip_rules(shapes, names, "visual.transformer.resblocks")
+        ignorable = r"(?!visual\.).*"
+    return compvis.convert(state_dict, rules, shapes, ignorable)
+
+
+def _rules(shapes, table):
+    leaves = {"kernel": "weight", "scale": "weight"}
+    for path, shape in shapes.items():
+        key = compvis.rename(path, leaves | table)
+        yield compvis.Rule(path, key, compvis.plain_layout(path, len(shape)))
 
 
 def _under(state_dict, prefix):

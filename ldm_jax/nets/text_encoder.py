@@ -19,6 +19,9 @@ def gelu(x: jax.Array) -> jax.Array:
     return nn.gelu(x, approximate=False)
 
 
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": gelu}
+
+
 class TextBlock(nn.Module):
     """Self-attention and feed-forward, each after a LayerNorm, residual."""
 
@@ -113,12 +116,20 @@ class CLIPTextTransformer(_TextEncoder):
     """Token ids [b, s] to context [b, s, dim]: CLIP's causal text tower, frozen.
 
     With `layer` "penultimate" the last block is left out (it has no parameters here);
-    the final LayerNorm is applied either way, as Stable Diffusion 2 does.
+    the final LayerNorm is applied either way, as Stable Diffusion 2 does, unless
+    `final_norm` is False, as in SGM.
+
+    With `projection_dim` it gives one vector [b, projection_dim] instead: the text's,
+    at its end token, which has the highest id, in the space that CLIP shares with
+    pictures. `normalize` gives it length 1.
     """
 
     heads: int
     activation: str = "quick_gelu"  # quick_gelu | gelu
     layer: str = "last"  # last | penultimate
+    final_norm: bool = True
+    projection_dim: int | None = None
+    normalize: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -130,9 +141,8 @@ class CLIPTextTransformer(_TextEncoder):
     def __call__(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
         if self.layer not in ("last", "penultimate"):
             raise ValueError(f"layer {self.layer!r}; choose one of last, penultimate")
-        activations = {"quick_gelu": quick_gelu, "gelu": gelu}
-        if self.activation not in activations:
-            names = ", ".join(activations)
+        if self.activation not in ACTIVATIONS:
+            names = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation {self.activation!r}; choose one of {names}")
         x = self.embed(tokens).astype(self.dtype)
         length = tokens.shape[1]
@@ -142,13 +152,25 @@ class CLIPTextTransformer(_TextEncoder):
                 self.heads,
                 self.dim // self.heads,
                 qkv_bias=True,
-                activation=activations[self.activation],
+                activation=ACTIVATIONS[self.activation],
                 dropout=0.0,
                 dtype=self.dtype,
                 name=f"layer_{i}",
             )
             x = block(x, causal, deterministic)
-        return layers.LayerNorm(self.dtype, name="norm_out")(x)
+        if self.final_norm:
+            x = layers.LayerNorm(self.dtype, name="norm_out")(x)
+        if self.projection_dim is None:
+            return x
+        end = jnp.argmax(tokens, axis=-1)
+        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        project = layers.Dense(
+            self.projection_dim, False, dtype=self.dtype, name="text_projection"
+        )
+        out = project(pooled)
+        if self.normalize:
+            out = out / jnp.linalg.norm(out, axis=-1, keepdims=True)
+        return out
 
 
 _BERT = dict(vocab_size=30522, max_seq_len=77)

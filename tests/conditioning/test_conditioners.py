@@ -65,6 +65,19 @@ CASES = {
     "inpainting": ({}, {"concat": (4, 4, 4)}),
     "depth": ({}, {"concat": (4, 4, 1)}),
     "image_embedding": ({}, {"vector": (24,)}),
+    "clip_image": (
+        dict(
+            net=dict(
+                image_size=16,
+                patch_size=8,
+                dim=16,
+                depth=1,
+                heads=2,
+                projection_dim=8,
+            )
+        ),
+        {"vector": (16,)},
+    ),
     "neighbours": (dict(k=2, cells=2, dim=16), {"context": (2, 16)}),
 }
 
