@@ -4,6 +4,7 @@
 
 trains on emoji in minutes on 2 CPU cores. Its embedding is the run's own first stage,
 averaged over quarters of the picture, since CLIP's image tower can't be had offline.
+`unclip_h` and `unclip_l` are Stable Diffusion's; they have not been trained here yet.
 """
 
 from ml_collections import ConfigDict
@@ -28,7 +29,35 @@ def debug() -> ConfigDict:
     return defaults.debug(openmoji())
 
 
-PRESETS = {"openmoji": openmoji, "debug": debug}
+def _unclip(unet: str, tower: str, weights: str) -> ConfigDict:
+    """Stable Diffusion 2.1 unCLIP: 768 pixels, velocity prediction."""
+    config = defaults.both_stages()
+    config.resolution = 768
+    config.conditioners.text = defaults.clip_text()
+    config.conditioners.alike = ConfigDict(
+        dict(kind="clip_image", net=dict(variant=tower), weights=weights)
+    )
+    config.unet = ConfigDict(dict(variant=unet, remat=True))
+    config.diffusion.parameterization = "v"
+    return config
+
+
+def unclip_h() -> ConfigDict:
+    """Alike by OpenCLIP's ViT-H, 870.17M UNet."""
+    return _unclip("unclip_h", "openclip_h", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+
+
+def unclip_l() -> ConfigDict:
+    """Alike by CLIP's ViT-L, 869.52M UNet."""
+    return _unclip("unclip_l", "clip_l", "openai/clip-vit-large-patch14")
+
+
+PRESETS = {
+    "openmoji": openmoji,
+    "debug": debug,
+    "unclip_h": unclip_h,
+    "unclip_l": unclip_l,
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -135,6 +135,8 @@ def test_txt2img_presets_have_the_published_sizes(
         ("inpainting", "sd2", 865.93),
         ("upscale", "x4", 473.4),
         ("retrieval", "rdm768", 1335.48),
+        ("unclip", "unclip_h", 870.17),
+        ("unclip", "unclip_l", 869.52),
     ],
 )
 def test_task_presets_have_the_published_sizes(task, preset, unet, small_tokenizer):
