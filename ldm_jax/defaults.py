@@ -293,6 +293,7 @@ def scenes(count: int = 8192) -> ConfigDict:
     config.data.source = "openmoji_scenes"
     options = dict(count=count, objects=(1, 3), endless=False)
     config.data.options = ConfigDict(options)
+    config.autoencoder_stage.steps = 5000
     config.diffusion_stage.steps = 1500
     return config
 

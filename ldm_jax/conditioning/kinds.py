@@ -124,6 +124,7 @@ def layout(
     net: Mapping[str, Any],
     num_classes: int,
     max_objects: int = 30,
+    num_tokens: int = layout_tokens.NUM_TOKENS,
     encode_crop: bool = False,
     slot: str = "context",
     dropout: float = 0.1,
@@ -131,10 +132,17 @@ def layout(
     """Boxes with categories as tokens through a transformer (Layout2ImgDiffusion).
 
     The order of objects means nothing, so training draws a new one for every row.
+    `num_tokens` is the vocabulary: as fine a grid of corners as fits into it.
     `encode_crop` adds the two tokens of the part of the picture that is shown, which
     is all of it.
     """
     del setting
+
+    if num_tokens < num_classes + 2:
+        raise UserError(
+            f"conditioners.*.num_tokens: {num_tokens}; the {num_classes} classes and"
+            f' "none" need {num_classes + 2} or more'
+        )
 
     def prepare(boxes: Any, categories: Any) -> np.ndarray:
         layout_tokens.check(boxes, categories, num_classes)
@@ -143,6 +151,7 @@ def layout(
             categories,
             num_classes=num_classes,
             max_objects=max_objects,
+            num_tokens=num_tokens,
             encode_crop=encode_crop,
         )
 
@@ -156,7 +165,7 @@ def layout(
         crop = tokens[:, 3 * max_objects :]
         return jnp.concatenate([objects.reshape(len(tokens), -1), crop], axis=1)
 
-    options = dict(vocab_size=layout_tokens.NUM_TOKENS, max_seq_len=len(null))
+    options = dict(vocab_size=num_tokens, max_seq_len=len(null))
     options |= dict(net)
     return Conditioner(
         fields=("boxes", "categories"),
