@@ -27,10 +27,16 @@ def debug() -> ConfigDict:
 
 
 def sd2() -> ConfigDict:
-    """Stable Diffusion 2: one channel of depth, text, 512 pixels."""
+    """Stable Diffusion 2: depth of photographs by MiDaS, text, 512 pixels."""
     config = defaults.both_stages()
     config.resolution = 512
-    config.conditioners.depth = ConfigDict(dict(kind="depth"))
+    config.conditioners.depth = ConfigDict(
+        dict(
+            kind="photo_depth",
+            net=dict(variant="dpt_hybrid"),
+            weights="Intel/dpt-hybrid-midas",
+        )
+    )
     config.conditioners.text = defaults.clip_text()
     config.unet = ConfigDict(dict(variant="sd2_depth", remat=True))
     config.diffusion_stage.optim.learning_rate = 5e-7

@@ -188,6 +188,7 @@ KINDS: dict[str, Callable[..., Conditioner]] = {
     "noisy_low_res": pictures.noisy_low_res,
     "inpainting": pictures.inpainting,
     "depth": pictures.depth,
+    "photo_depth": pictures.photo_depth,
     "image_embedding": pictures.image_embedding,
     "clip_image": pictures.clip_image,
     "neighbours": neighbours.neighbours,

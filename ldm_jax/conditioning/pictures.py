@@ -18,7 +18,7 @@ import numpy as np
 from ldm_jax.conditioning.conditioners import Conditioner, Setting, Tools
 from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.diffusion import denoiser, schedules
-from ldm_jax.nets import clip_vision, embedders, layers
+from ldm_jax.nets import clip_vision, dpt, embedders, layers
 
 NO_CLASS = 255  # in a map of classes
 GREY = 128  # the 8-bit value next to 0 in [-1, 1]
@@ -34,7 +34,8 @@ def semantic(
 ) -> Conditioner:
     """A map of class numbers, one-hot, halved down to the latent's size (§6.7).
 
-    The number 255 is no class at all: zeros in every channel.
+    The number 255 is no class at all: zeros in every channel. It guides only where it
+    was dropped in training, which the original never did.
     """
     size, n_stages = setting.size, _halvings(setting)
 
@@ -64,6 +65,7 @@ def semantic(
         null=np.full(size, NO_CLASS, np.uint8),
         net=embedders.SpatialRescaler(n_stages=n_stages, out_channels=channels),
         dropout=dropout,
+        guided=dropout > 0,  # else nothing has learned what no map looks like
         before=before,
     )
 
@@ -190,15 +192,46 @@ def depth(setting: Setting, *, field: str = "depth") -> Conditioner:
 
     def before(maps: jax.Array, tools: Tools) -> jax.Array:
         del tools
-        d = embedders.resize(maps[..., None], latent_size, "bicubic")
-        low, high = (f(d, axis=(1, 2, 3), keepdims=True) for f in (jnp.min, jnp.max))
-        return 2 * (d - low) / (high - low + 1e-3) - 1
+        return embedders.scaled_depth(maps[..., None], latent_size)
 
     return Conditioner(
         fields=(field,),
         slots=("concat",),
         prepare=prepare,
         null=np.zeros(size, np.float32),
+        guided=False,
+        before=before,
+    )
+
+
+def photo_depth(
+    setting: Setting, *, net: Mapping[str, Any], side: int = 384
+) -> Conditioner:
+    """As `depth`, of a photograph, by a frozen MiDaS: Stable Diffusion 2's (§4.3).
+
+    `net` are the options of nets/dpt.py or its `variant`; `side` is about the size in
+    which it looks at pictures.
+    """
+    size, options = setting.size, dict(net)
+    variant = options.pop("variant", None)
+    if variant is not None:
+        if variant not in dpt.VARIANTS:
+            hint = nearest(variant, dpt.VARIANTS)
+            raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
+        options |= dpt.VARIANTS[variant]
+    tower = construct("conditioners.*.net", dpt.DPTHybrid, options)
+
+    def before(x: jax.Array, tools: Tools) -> jax.Array:
+        del tools
+        return to_float(x)
+
+    return Conditioner(
+        fields=("image",),
+        slots=("concat",),
+        prepare=functools.partial(prepare_images, size),
+        null=np.full((*size, 3), GREY, np.uint8),
+        net=dpt.DepthMap(tower, setting.latent_shape[:2], side),
+        trainable=False,
         guided=False,
         before=before,
     )

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert import compvis
-from ldm_jax.nets import clip_vision, t5, text_encoder
+from ldm_jax.convert import compvis, depth
+from ldm_jax.nets import clip_vision, dpt, t5, text_encoder
 
 
 def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -30,6 +30,8 @@ def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str,
         return clip_vision_params(state_dict, net)
     if isinstance(net, clip_vision.ImageVector):
         return {"tower": clip_vision_params(state_dict, net.tower)}
+    if isinstance(net, dpt.DepthMap):
+        return {"tower": depth.dpt_params(state_dict, net.tower)}
     raise ValueError(f"weights of a {type(net).__name__} can't be read")
 
 

@@ -21,6 +21,16 @@ def resize(x: jax.Array, size: tuple[int, int], method: str) -> jax.Array:
     return jnp.einsum("ih,bhwc,jw->bijc", rows, x.astype(jnp.float32), columns)
 
 
+def scaled_depth(depth: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """[b, h, w, 1] resized to `size`, each map scaled by its own extremes to [-1, 1].
+
+    A constant one becomes -1 (`LatentDepth2ImageDiffusion`).
+    """
+    d = resize(depth, size, "bicubic")
+    low, high = (f(d, axis=(1, 2, 3), keepdims=True) for f in (jnp.min, jnp.max))
+    return 2 * (d - low) / (high - low + 1e-3) - 1
+
+
 class ClassEmbedder(nn.Module):
     """Class ids [b] -> one token each, [b, 1, dim] (`ClassEmbedder`)."""
 

@@ -48,6 +48,18 @@ def _columns(n):
     }
 
 
+TINY_DPT = dict(
+    stem=16,
+    widths=(16, 32, 32),
+    depths=(1, 1, 1),
+    dim=16,
+    heads=2,
+    grid=2,
+    taps=(0, 1),
+    reassembled=(8, 8),
+    fusion=8,
+    groups=4,
+)
 # kind: (options, {slot: shape of one row})
 CASES = {
     "text": (
@@ -65,6 +77,7 @@ CASES = {
     "inpainting": ({}, {"concat": (4, 4, 4)}),
     "depth": ({}, {"concat": (4, 4, 1)}),
     "image_embedding": ({}, {"vector": (24,)}),
+    "photo_depth": (dict(net=TINY_DPT, side=32), {"concat": (4, 4, 1)}),
     "clip_image": (
         dict(
             net=dict(
