@@ -220,10 +220,11 @@ def test_debug_preset_trains_samples_and_is_scored(path, tmp_path, capsys):
     if draws:
         loaded = ldm_jax.load(workdir)
         _, heldout = sources.load_splits(config.data, config.resolution)
-        rows = run_report.raw_conditions(loaded.model, heldout.take(2), config.data.ops)
-        images = loaded.sample(inputs=rows, count=None if rows else 2, steps=2)
+        n = config.report.retrieval_captions  # as the report drew: compiled already
+        rows = run_report.raw_conditions(loaded.model, heldout.take(n), config.data.ops)
+        images = loaded.sample(inputs=rows, count=None if rows else n)
         assert images.dtype == np.uint8
-        assert images.shape == (2, config.resolution, config.resolution, 3)
+        assert images.shape == (n, config.resolution, config.resolution, 3)
         assert not np.array_equal(images[0], images[1])
 
     if path.stem not in ("autoencoder", "txt2img"):

@@ -49,6 +49,9 @@ def _clip_text(net, state_dict):
 def t5_params(state_dict: Mapping[str, np.ndarray], net: t5.T5Encoder) -> dict:
     """Params of T5's encoder from Hugging Face's keys; a decoder is left out."""
     shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    own = state_dict.get("encoder.embed_tokens.weight")
+    if "shared.weight" not in state_dict and own is not None:  # of an encoder alone
+        state_dict = {**state_dict, "shared.weight": own}
 
     def rules():
         table = {

@@ -50,6 +50,9 @@ class CLIPVisionTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> Encoded:
+        if self.activation not in text_encoder.ACTIVATIONS:
+            names = ", ".join(text_encoder.ACTIVATIONS)
+            raise ValueError(f"activation {self.activation!r}; choose one of {names}")
         patch = layers.Conv(
             self.dim,
             self.patch_size,

@@ -121,7 +121,8 @@ class CLIPTextTransformer(_TextEncoder):
 
     With `projection_dim` it gives one vector [b, projection_dim] instead: the text's,
     at its end token, which has the highest id, in the space that CLIP shares with
-    pictures. `normalize` gives it length 1.
+    pictures. `normalize` gives it length 1. It comes of the last block and the
+    final LayerNorm, whatever `layer` and `final_norm` say of the context.
     """
 
     heads: int
@@ -135,7 +136,8 @@ class CLIPTextTransformer(_TextEncoder):
     @property
     def blocks(self) -> int:
         """How many of the `depth` blocks are run."""
-        return self.depth - (self.layer == "penultimate")
+        skipped = self.layer == "penultimate" and self.projection_dim is None
+        return self.depth - skipped
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
@@ -158,7 +160,7 @@ class CLIPTextTransformer(_TextEncoder):
                 name=f"layer_{i}",
             )
             x = block(x, causal, deterministic)
-        if self.final_norm:
+        if self.final_norm or self.projection_dim is not None:
             x = layers.LayerNorm(self.dtype, name="norm_out")(x)
         if self.projection_dim is None:
             return x
