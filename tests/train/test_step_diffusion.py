@@ -161,13 +161,6 @@ def test_prepared_fields_are_one_row_a_caption(setup):
     assert fields["text"].dtype == np.int32
 
 
-def test_a_frozen_conditioner_without_weights_is_refused(setup):
-    config, _, _, _ = setup
-    frozen = runs.build(runs.debug("conditioners.text.trainable=False"))
-    with pytest.raises(UserError, match="conditioners.text.trainable: False"):
-        step_diffusion.check_weights(frozen)
-
-
 def test_panels_show_the_data_unless_prompts_are_given(setup):
     config, *_ = setup
     source = sources.load("synthetic", "train", resolution=16, count=16)
