@@ -171,6 +171,14 @@ def test_what_a_mask_keeps_is_kept_to_the_pixel(loaded, photo):
         assert _distance(drawn[~kept], np.repeat(photo, 3, 0)[~kept]) > 8
 
 
+def test_a_latent_s_cell_is_kept_where_all_of_its_pixels_are():
+    mask = np.zeros((1, 8, 12, 1), np.float32)
+    mask[0, 3, 5] = 1
+    expected = np.ones((1, 4, 6, 1))
+    expected[0, 1, 2] = 0
+    np.testing.assert_array_equal(draw._kept(mask, (4, 6, 3)), expected)
+
+
 def test_inversion_brings_a_picture_back(loaded, photo):
     """Unguided, the same steps there and back, from the same latent."""
     inputs = {"caption": PROMPTS[:1], "init_image": photo}
