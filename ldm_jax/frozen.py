@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
@@ -91,8 +92,11 @@ def read(source: str, option: str) -> dict[str, np.ndarray]:
         path = _fetch(source, option)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, option)
-    tree = torch_archive.load(path)
-    return dict(tree.get("state_dict", tree))
+    # A trainer's checkpoint holds more than arrays, of which nothing is built.
+    tree = torch_archive.load(path, "state_dict" if path.suffix == ".ckpt" else None)
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{option}: {path} holds no dict of arrays; give another file")
+    return dict(tree)
 
 
 def _path(workdir: pathlib.Path, name: str) -> pathlib.Path:
@@ -101,9 +105,18 @@ def _path(workdir: pathlib.Path, name: str) -> pathlib.Path:
 
 def _read_safetensors(path: pathlib.Path, option: str) -> dict[str, np.ndarray]:
     try:
-        return safetensors_numpy.load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{option}: {path} can't be read ({error})") from error
+        arrays = safetensors_numpy.load_file(path)
+    except (SafetensorError, OSError, AttributeError, TypeError) as error:
+        # AttributeError or TypeError: a dtype that numpy has not.
+        raise UserError(
+            f"{option}: {path} can't be read ({error!r}); give a whole file of float32"
+            " or float16"
+        ) from error
+    # To numpy bfloat16 is a dtype of somebody else, which not all of it can add up.
+    return {
+        k: v.astype(np.float32) if v.dtype == jnp.bfloat16 else v
+        for k, v in arrays.items()
+    }
 
 
 def _fetch(source: str, option: str) -> pathlib.Path:

@@ -1,5 +1,8 @@
 """Frozen conditioning nets: weights from a path, kept in the run, errors in a line."""
 
+import argparse
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -89,6 +92,39 @@ def test_a_tower_is_read_from_every_place(tmp_path):
     model = runs.build(_config(str(tmp_path / "sd.safetensors")))
     again = frozen.load(model, tmp_path / "none")["text"]
     jax.tree.map(np.testing.assert_array_equal, ours, again)
+
+
+def test_a_tower_is_read_from_torch_s_files(tmp_path):
+    """Also from a trainer's checkpoint, of whose other things nothing is built."""
+    torch = pytest.importorskip("torch", reason="pip install -e '.[test,parity]'")
+    ours = frozen.load(runs.build(_config(_write(tmp_path / "a"))), tmp_path)["text"]
+    tensors = {k: torch.from_numpy(v.copy()) for k, v in hugging_face(2048).items()}
+    torch.save(tensors, tmp_path / "clip.bin")
+    whole = {"state_dict": tensors, "trainer": argparse.Namespace(lr=1.0)}
+    torch.save(whole, tmp_path / "sd.ckpt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("clip.bin", "sd.ckpt"):
+        model = runs.build(_config(str(tmp_path / name)))
+        again = frozen.load(model, tmp_path / "none")["text"]
+        jax.tree.map(np.testing.assert_array_equal, ours, again)
+    with pytest.raises(UserError, match="x: .*list.pt holds no dict of arrays"):
+        frozen.read(str(tmp_path / "list.pt"), "x")
+
+
+@pytest.mark.parametrize(("dtype", "works"), [("BF16", True), ("F8_E4M3", False)])
+def test_dtypes_that_numpy_has_not(tmp_path, dtype, works):
+    """1.0 as bfloat16 is read as float32; eight bits are refused in a line."""
+    one = b"\x80\x3f" if works else b"\x38"
+    told = {"dtype": dtype, "shape": [1], "data_offsets": [0, len(one)]}
+    head = json.dumps({"a": told}).encode()
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(len(head).to_bytes(8, "little") + head + one)
+    if works:
+        array = frozen.read(str(file), "x")["a"]
+        assert array.dtype == np.float32 and array.tolist() == [1.0]
+        return
+    with pytest.raises(UserError, match="x: .*can't be read.*float32 or float16"):
+        frozen.read(str(file), "x")
 
 
 @pytest.mark.parametrize(
