@@ -54,10 +54,14 @@ class Settings:
 
 
 class Rows(NamedTuple):
-    """A batch: prepared conditions {name: [b, …]} and a typed key [b] a picture."""
+    """A batch: prepared conditions {name: [b, …]} and a typed key [b] a picture.
+
+    `noise` are standard normal latents [b, h, w, c] in place of what the keys draw.
+    """
 
     fields: Mapping[str, jax.Array]
     keys: jax.Array
+    noise: jax.Array | None = None
 
 
 class Classifier(NamedTuple):
@@ -69,17 +73,15 @@ class Classifier(NamedTuple):
 
 
 class Start(NamedTuple):
-    """Where pictures begin, if not from noise of their keys alone.
+    """Where pictures begin, if not from noise alone.
 
     init: pictures [b, H, W, 3] in [-1, 1]; `strength` of the way is gone from them.
     mask: [b, H, W, 1], 1 where `init` is drawn anew; elsewhere it is kept.
-    noise: standard normal latents [b, h, w, c] in place of drawn ones.
     """
 
     init: jax.Array | None = None
     strength: jax.Array | float = 1.0
     mask: jax.Array | None = None
-    noise: jax.Array | None = None
 
 
 def encode(
@@ -119,9 +121,16 @@ def mixed(begin: Any, end: Any, weight: jax.Array) -> Any:
     return jax.tree.map(mix, begin, end)
 
 
-def _noise(model, keys):
-    """A picture's noise depends on its own key alone, not on its batch."""
-    return jax.vmap(lambda key: jax.random.normal(key, model.latent_shape))(keys)
+def _noise(model, rows):
+    """(noise [b, h, w, c] to begin with, keys [b] of what the sampler draws).
+
+    Both depend on a picture's own key alone, not on its batch.
+    """
+    keys = jax.vmap(jax.random.split)(rows.keys)
+    if rows.noise is not None:
+        return rows.noise, keys[:, 1]
+    draw = jax.vmap(lambda key: jax.random.normal(key, model.latent_shape))
+    return draw(keys[:, 0]), keys[:, 1]
 
 
 def _kept(mask, shape):
@@ -151,13 +160,11 @@ def _draw_fn(model: model_lib.LatentDiffusion, settings: Settings):
         classifier,
     ):
         conds = encode(model, params, first_stage, rows, level, settings.dropped)
-        keys = jax.vmap(jax.random.split)(rows.keys)
-        noise = _noise(model, keys[:, 0]) if start.noise is None else start.noise
+        noise, keys = _noise(model, rows)
         if end is not None:
             others = encode(model, params, first_stage, end, level, settings.dropped)
             conds = mixed(conds, others, weight)
-            other_keys = jax.vmap(jax.random.split)(end.keys)
-            noise = editing.slerp(noise, _noise(model, other_keys[:, 0]), weight)
+            noise = editing.slerp(noise, _noise(model, end)[0], weight)
         score = None
         if classifier is not None:
             score = model_lib.classifier_score(model, *classifier)
@@ -183,7 +190,7 @@ def _draw_fn(model: model_lib.LatentDiffusion, settings: Settings):
             denoise,
             z,
             model.schedule,
-            keys[:, 1],
+            keys,
             steps=settings.steps,
             eta=settings.eta,
             spacing=settings.spacing,
@@ -195,11 +202,11 @@ def _draw_fn(model: model_lib.LatentDiffusion, settings: Settings):
         images = _decode(model, first_stage, z, settings.window)
         if start.mask is not None:  # what is kept is kept to the pixel
             images = editing.paste(images, start.init, 1 - start.mask)
-        if settings.trajectory:
-            s, b = row.shape[:2]
-            row = row.reshape(s * b, *row.shape[2:])
-            row = _decode(model, first_stage, row, settings.window)
-            row = jnp.swapaxes(row.reshape(s, b, *row.shape[1:]), 0, 1)
+        if settings.trajectory:  # one step after another, in the memory of one
+            decode = functools.partial(
+                _decode, model, first_stage, window=settings.window
+            )
+            row = jnp.swapaxes(jax.lax.map(decode, row), 0, 1)
         return images, row
 
     return draw
@@ -296,6 +303,7 @@ def draw(
     seed: int = 0,
     batch_size: int = 16,
     noise_level: int | None = None,
+    noise: np.ndarray | None = None,
     start: Start = Start(),  # noqa: B008  a tuple of constants
     classifier: Classifier | None = None,
     frames: int | None = None,
@@ -304,10 +312,11 @@ def draw(
 
     The same seed gives the same pictures whatever the batch size. Where guidance has
     nothing to do (a scale of 1) the net is called once a step, not twice. `noise_level`
-    is that of noise-augmented conditions. The arrays of `start` have a row for each
-    picture. With `frames` the pictures are so many, evenly on the way from the first
-    row over all others to the last, in noise (along the sphere) and in conditions.
-    `classifier` guides besides, by the class of each row.
+    is that of noise-augmented conditions. `noise` and the arrays of `start` have a row
+    for each picture. With `frames` the pictures are so many, evenly on the way from the
+    first row over all others to the last, in noise (along the sphere) and in
+    conditions; there is no `start` then. `classifier` guides besides, by the class of
+    each row.
     """
     check_settings(model, settings)
     if noise_level is not None:
@@ -330,7 +339,9 @@ def draw(
         return Classifier(classifier.params, label, scale)
 
     def rows_at(index):
-        return Rows({name: x[index] for name, x in fields.items()}, keys[index])
+        given = None if noise is None else jnp.asarray(noise, jnp.float32)[index]
+        rows = {name: x[index] for name, x in fields.items()}
+        return Rows(rows, keys[index], given)
 
     images, trajectories = [], []
     size = min(batch_size, len(place))

@@ -76,41 +76,6 @@ def collect(
     return rows, n
 
 
-def start_of(
-    size: tuple[int, int], images: np.ndarray, masks: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """Pictures to start from in [-1, 1], and masks float32 [n, H, W, 1].
-
-    `images` uint8 [n, H, W, 3] and `masks` [n, H, W] of 0 (keep) and 1 (draw anew).
-    Raises UserError where either isn't of `size`.
-    """
-    height, width = size
-    images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(
-            f"init_image: {images.dtype}{list(images.shape)}; give 8-bit RGB pictures,"
-            " uint8 [n, H, W, 3]"
-        )
-    if images.shape[1:3] != (height, width):
-        h, w = images.shape[1:3]
-        raise UserError(
-            f"init_image: {h}x{w}, but pictures of {height}x{width} are drawn; resize"
-            f" it, or draw with size {h}x{w}"
-        )
-    if masks is not None:
-        masks = np.asarray(masks, np.float32)
-        if masks.shape[1:] != (height, width):
-            h, w = masks.shape[1:3]
-            raise UserError(
-                f"mask: {h}x{w}, but the picture is {height}x{width}; give a mask of"
-                " the same size"
-            )
-        if np.setdiff1d(masks, [0, 1]).size:
-            raise UserError("mask: has other values than 0 (keep) and 1 (fill)")
-        masks = masks[..., None]
-    return images.astype(np.float32) / 127.5 - 1.0, masks
-
-
 # ---- Readers -------------------------------------------------------------------
 
 

@@ -22,7 +22,8 @@ from ldm_jax import inputs as inputs_lib
 from ldm_jax import model as model_lib
 from ldm_jax import picture
 from ldm_jax import workdir as workdir_lib
-from ldm_jax.conditioning import kinds
+from ldm_jax.conditioning import conditioners as conditioning
+from ldm_jax.conditioning import kinds, pictures
 from ldm_jax.config import UserError
 from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint
@@ -47,12 +48,19 @@ class LoadedModel:
         """The columns of `inputs` that this model takes."""
         return kinds.required_fields(self.model.conditioners)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """[H, W] of the pictures that it was trained on."""
+        return _size_of(self.model)
+
     @functools.lru_cache(maxsize=4)  # noqa: B019  one entry a size
     def sized(self, size: tuple[int, int]) -> model_lib.LatentDiffusion:
-        """The same nets for pictures of another `size` [H, W].
+        """The same nets for pictures of `size` [H, W].
 
         Raises UserError where the first stage or the UNet can't halve it.
         """
+        if size == self.size:
+            return self.model
         factor = first_stage_lib.downsampling(self.model.autoencoder)
         factor *= 2 ** (len(self.model.unet.channel_mult) - 1)
         if min(size) < 1 or any(side % factor for side in size):
@@ -110,6 +118,11 @@ class LoadedModel:
         model, fields, start, n, labels = self._prepare(
             prompts, inputs, count, size, strength, noise
         )
+        if interpolate is not None and start.init is not None:
+            raise UserError(
+                f"--interpolate: {interpolate}, but --init_image is one place to start"
+                " from; leave one of them out"
+            )
         classifier = self._classifier(labels, classifier_scale)
         if interpolate is not None and (n < 2 or interpolate < 2):
             raise UserError(
@@ -138,6 +151,7 @@ class LoadedModel:
             seed=seed,
             batch_size=batch_size,
             noise_level=noise_level,
+            noise=noise,
             start=start,
             classifier=classifier,
             frames=interpolate,
@@ -163,6 +177,7 @@ class LoadedModel:
         `sample(noise=…)` with others, it draws the pictures changed; the same `steps`
         bring them back.
         """
+        init_image = np.asarray(init_image)
         inputs = dict(inputs or {}) | {"init_image": init_image}
         model, fields, start, *_ = self._prepare(
             prompts, inputs, None, init_image.shape[1:3], None, None
@@ -187,8 +202,7 @@ class LoadedModel:
             inputs["caption"] = [prompts] if isinstance(prompts, str) else list(prompts)
         model = self.model
         if size is not None:
-            size = (size, size) if isinstance(size, int) else tuple(size)
-            model = self.sized(size)
+            model = self.sized((size, size) if isinstance(size, int) else tuple(size))
         taken = self.fields
         extras = ["init_image", "mask", "label"][: 2 + (self.classifier is not None)]
         extras = [name for name in extras if name in inputs]
@@ -207,19 +221,16 @@ class LoadedModel:
         if noise is not None and count is None:
             count = len(noise) if len(noise) > 1 else None
         rows, n = inputs_lib.collect((*taken, *extras), inputs, count)
-        fields = {
-            name: c.prepare(*(rows[field] for field in c.fields))
-            for name, c in model.conditioners.items()
-        }
-        start = draw_lib.Start(noise=noise)
+        fields = conditioning.prepare(model.conditioners, rows)
+        start = draw_lib.Start()
         if "init_image" in extras:
-            masks = rows["mask"] if "mask" in extras else None
-            factor = first_stage_lib.downsampling(model.autoencoder)
-            size = tuple(factor * side for side in model.latent_shape[:2])
-            init, mask = inputs_lib.start_of(size, rows["init_image"], masks)
+            size, mask = _size_of(model), None
+            init = pictures.prepare_images(size, rows["init_image"], "init_image")
+            if "mask" in extras:
+                mask = pictures.prepare_masks(size, rows["mask"]).astype(np.float32)
             if strength is None:
                 strength = STRENGTH if mask is None else 1.0
-            start = start._replace(init=init, mask=mask, strength=strength)
+            start = draw_lib.Start(np.asarray(pictures.to_float(init)), strength, mask)
         return model, fields, start, n, rows.get("label")
 
     def _classifier(self, labels, scale):
@@ -244,6 +255,12 @@ class LoadedModel:
             )
         scale = 1.0 if scale is None else scale
         return draw_lib.Classifier(self.classifier, labels, scale)
+
+
+def _size_of(model: model_lib.LatentDiffusion) -> tuple[int, int]:
+    factor = first_stage_lib.downsampling(model.autoencoder)
+    h, w = model.latent_shape[:2]
+    return factor * h, factor * w
 
 
 def load_first_stage(

@@ -169,11 +169,10 @@ def build_process(
     if section["schedule"] == "sigma":
         del section["schedule"]
         edm.check_scaling(parameterization)
-        return construct(
-            "diffusion", schedules.SigmaSchedule, section
-        ), parameterization
-    schedule = construct("diffusion", schedules.make_schedule, section)
-    schedules.check_learnable(schedule, parameterization)
+        schedule = construct("diffusion", schedules.SigmaSchedule, section)
+    else:
+        schedule = construct("diffusion", schedules.make_schedule, section)
+        schedules.check_learnable(schedule, parameterization)
     return schedule, parameterization
 
 
@@ -348,9 +347,9 @@ def make_denoiser(
 ) -> denoiser.Denoise:
     """`denoise(z_t, t) -> (x0_hat, eps_hat)` of these params, guided by `scales`.
 
-    `conds` are for more and more conditions, see `denoiser.make_denoiser`, which takes
-    `score` too. `window` is
-    how much of a latent the net sees at once, [h, w], see tiling.py.
+    `conds` are for more and more conditions; these and `score` are those of
+    `denoiser.make_denoiser`. `window` is how much of a latent the net sees at once,
+    [h, w], see tiling.py.
     """
 
     def apply(z_t, t, cond):

@@ -113,18 +113,23 @@ def parse_guidance(text: str) -> draw_lib.Guidance:
         numbers = [float(x) for x in word.split(",")]
         return numbers[0] if len(numbers) == 1 else numbers
 
-    if "=" not in text:
-        return scale(text)
-    pairs = (word.partition("=") for word in text.split(";"))
-    return {name.strip(): scale(value) for name, _, value in pairs}
+    try:
+        if "=" not in text:
+            return scale(text)
+        pairs = (word.partition("=") for word in text.split(";"))
+        return {name.strip(): scale(value) for name, _, value in pairs}
+    except ValueError as error:
+        raise UserError(
+            f"--guidance: {text!r}; give a number, several as 7.5,1 or NAME=7.5;NAME=2"
+        ) from error
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """ "64" or "64x96" to (H, W)."""
-    sides = [int(side) for side in text.lower().split("x")]
-    if len(sides) > 2:
-        raise ValueError(text)
-    return sides[0], sides[-1]
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise UserError(f"--size: {text!r}; give HEIGHTxWIDTH, such as 64x96, or 64")
+    return int(sides[0]), int(sides[-1])
 
 
 def read_inputs(

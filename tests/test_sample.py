@@ -1,17 +1,22 @@
 """Sampling from a workdir: same seed same picture, no training package, good errors."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
 import textwrap
+import types
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import ldm_jax
-from ldm_jax import draw, sample
+from ldm_jax import draw, first_stage, picture, sample
+from ldm_jax import model as model_lib
 from ldm_jax.config import UserError
 from ldm_jax.diffusion import samplers
 from ldm_jax.train import checkpoint
@@ -127,34 +132,29 @@ def photo(loaded):
     return rng.integers(0, 255, (1, side, side, 3), np.uint8)
 
 
-def test_strength_0_is_the_first_stage_s_copy_and_1_is_drawn_anew(
-    loaded, photo, pictures
-):
-    def draw(strength):
-        inputs = {"caption": PROMPTS, "init_image": photo}
+def test_strength_0_is_the_first_stage_s_copy_and_1_is_drawn_anew(loaded, photo):
+    def drawn(prompt, strength):
+        inputs = {"caption": [prompt], "init_image": photo}
         return loaded.sample(inputs=inputs, strength=strength, steps=4)
 
-    from ldm_jax import first_stage
-
-    moments = first_stage.encode_moments(
-        loaded.model.autoencoder, loaded.first_stage.params, photo / 127.5 - 1.0
-    )
-    copies = draw(0.0)
-    again = loaded.sample(PROMPTS, steps=4)
-    assert _distance(draw(1.0), again) <= 1
-    assert _distance(copies, again) > 8
-    # The posterior is drawn from, so copies differ a little, but not by their prompts.
-    spread = np.exp(0.5 * np.asarray(moments)[..., moments.shape[-1] // 2 :]).max()
-    assert _distance(copies[0], copies[1]) < _distance(again[0], again[1]) or spread > 1
-    half = draw(0.5)
-    assert _distance(half, copies) > 1 and _distance(half, again) > 1
+    keys = jax.vmap(jax.random.fold_in, (0, None))(draw.row_keys(0, 1), draw.INIT)
+    tools = model_lib.make_tools(loaded.model, loaded.first_stage, keys)
+    z = tools.encode_image(jnp.asarray(photo / 127.5 - 1.0, jnp.float32), keys)
+    copy = first_stage.decode(loaded.model.autoencoder, loaded.first_stage, z)
+    copy = picture.to_uint8(np.asarray(copy))
+    for prompt in PROMPTS[:2]:  # which has no say in it
+        assert _distance(drawn(prompt, 0.0), copy) <= 1
+    anew = loaded.sample(PROMPTS[0], steps=4)
+    assert _distance(drawn(PROMPTS[0], 1.0), anew) <= 1
+    assert _distance(copy, anew) > 8
+    half = drawn(PROMPTS[0], 0.5)
+    assert _distance(half, copy) > 1 and _distance(half, anew) > 1
 
 
 def test_strength_is_traced(loaded, photo):
     draw._draw_fn.cache_clear()
     for strength in (0.1, 0.5, 0.9):
-        inputs = {"caption": PROMPTS[0], "init_image": photo}
-        inputs["caption"] = PROMPTS[:1]
+        inputs = {"caption": PROMPTS[:1], "init_image": photo}
         loaded.sample(inputs=inputs, strength=strength)
     settings = draw.Settings(steps=loaded.config.sample.steps, dropped=(("text",),))
     assert draw._draw_fn(loaded.model, settings)._cache_size() == 1
@@ -199,11 +199,18 @@ def test_inversion_brings_a_picture_back(loaded, photo):
 def test_interpolation_begins_and_ends_with_the_pictures_themselves(loaded, pictures):
     frames = loaded.sample(PROMPTS, interpolate=5)
     assert len(frames) == 5
-    for frame, picture in ((0, 0), (2, 1), (4, 2)):
-        assert _distance(frames[frame], pictures[picture]) <= 1
+    for frame, row in ((0, 0), (2, 1), (4, 2)):
+        assert _distance(frames[frame], pictures[row]) <= 1
     assert _distance(frames[1], frames[0]) > 1 and _distance(frames[1], frames[2]) > 1
     one = loaded.sample(PROMPTS[0], count=2, interpolate=3, batch_size=2)
     assert _distance(one[0], pictures[0]) <= 1
+
+
+def test_interpolation_goes_between_noises_that_are_given(loaded):
+    noise = np.random.default_rng(0).normal(size=(3, *loaded.model.latent_shape))
+    ends = loaded.sample(PROMPTS, noise=noise)
+    frames = loaded.sample(PROMPTS, noise=noise, interpolate=5)
+    assert _distance(frames[[0, 2, 4]], ends) <= 1
 
 
 def test_another_size_and_windows_of_the_trained_one(loaded):
@@ -219,10 +226,29 @@ def test_another_size_and_windows_of_the_trained_one(loaded):
         loaded.sample(PROMPTS, size=(17, 16))
 
 
-def test_progress_ends_near_the_picture(loaded, pictures):
-    rows = loaded.sample(PROMPTS, progress=True)
-    steps = loaded.config.sample.steps
-    assert rows.shape == (3, steps, *pictures.shape[1:])
+def test_progress_ends_near_the_picture(loaded):
+    drawn, rows = (loaded.sample(PROMPTS, steps=8, progress=x) for x in (False, True))
+    assert rows.shape == (3, 8, *drawn.shape[1:])
+    away = np.abs(rows.astype(float) - drawn[:, None]).mean((0, 2, 3, 4))
+    print(away)
+    assert away[-1] < 3 and away[-1] < away[0] / 4
+
+
+def test_two_conditions_apart_are_added_one_by_one():
+    """Each half goes without what the scales to come will guide towards."""
+    made = runs.build(runs.debug()).conditioners["text"]
+    model = types.SimpleNamespace(
+        conditioners={
+            "a": made,
+            "b": made,
+            "fixed": dataclasses.replace(made, guided=False),
+        }
+    )
+    halves, scales = draw.guided_halves(model, {"b": 2.0, "a": [3.0, 1.0]})
+    assert halves == (("b", "a"), ("a",))
+    assert scales[0] == 2.0 and scales[1].tolist() == [3.0, 1.0]
+    assert draw.guided_halves(model, 5.0) == ((("a", "b"),), [5.0])
+    assert draw.guided_halves(model, 1.0) == ((), [])
 
 
 def test_guidance_may_change_over_the_steps_or_be_apart(loaded, pictures):
@@ -234,6 +260,7 @@ def test_guidance_may_change_over_the_steps_or_be_apart(loaded, pictures):
     assert _distance(loaded.sample(PROMPTS, guidance_rescale=1.0), pictures) > 1
     with pytest.raises(UserError, match="--guidance: 'txt' guides nothing.*'text'"):
         loaded.sample(PROMPTS, guidance_scale={"txt": 2.0})
+    assert sample.parse_guidance("7.5") == 7.5
     assert sample.parse_guidance("7.5,1") == [7.5, 1.0]
     assert sample.parse_guidance("text=2;map=3,1") == {"text": 2.0, "map": [3.0, 1.0]}
 
@@ -253,11 +280,17 @@ def test_every_sampler_draws(loaded, pictures, name):
         (dict(spacing="log"), "--spacing: 'log'; choose one of"),
         (dict(strength=0.5), "--strength: 0.5, but there is no --init_image"),
         (dict(interpolate=1), "--interpolate: 1 pictures between 3"),
+        (
+            dict(
+                inputs={"init_image": np.zeros([1, 16, 16, 3], np.uint8)}, interpolate=4
+            ),
+            "--interpolate: 4, but --init_image is one place",
+        ),
         (dict(noise=np.zeros([3, 4, 4, 3])), r"noise: \[4, 4, 3\]; it must be latents"),
         (dict(inputs={"mask": np.zeros([1, 16, 16])}), "--mask: this model needs an"),
         (
             dict(inputs={"init_image": np.zeros([1, 9, 9, 3], np.uint8)}),
-            "init_image: 9x9, but pictures of 16x16 are drawn",
+            "init_image: pictures of 9x9; those of the model are 16x16, so give 16x16",
         ),
         (
             dict(inputs={"init_image": np.zeros([1, 16, 16, 3])}),
@@ -318,6 +351,13 @@ def test_a_folder_without_a_run(tmp_path, capsys):
     assert not (tmp_path / "no").exists()
 
 
+def test_flags_that_cannot_be_read(workdir, capsys):
+    argv = [f"--workdir={workdir}", "--prompt=a"]
+    assert "--guidance: 'x'; give a number" in _fails(capsys, *argv, "--guidance=x")
+    assert "--guidance: 'a=1;b'; give" in _fails(capsys, *argv, "--guidance=a=1;b")
+    assert "--size: '2x3x4'; give HEIGHTxWIDTH" in _fails(capsys, *argv, "--size=2x3x4")
+
+
 def test_prompts_are_needed(workdir, tmp_path, capsys):
     assert "--prompt: none given" in _fails(capsys, f"--workdir={workdir}")
     flag = f"--prompts_file={tmp_path / 'none.txt'}"
@@ -362,7 +402,8 @@ class Finder(importlib.machinery.PathFinder):
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 import ldm_jax
 assert "jax" not in sys.modules, "import ldm_jax must stay light"
-from ldm_jax import draw, sample
+from ldm_jax import draw, first_stage, picture, sample
+from ldm_jax import model as model_lib
 sample.main(["--workdir={workdir}", "--prompt={prompt}", "--out={out}"])
 images = ldm_jax.load("{workdir}").sample(["{prompt}"], output="array")
 import numpy as np

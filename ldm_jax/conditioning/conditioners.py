@@ -111,6 +111,16 @@ class Conditioner:
         return not isinstance(self.net, Given)
 
 
+def prepare(
+    conditioners: Mapping[str, Conditioner], columns: Mapping[str, Any]
+) -> dict[str, np.ndarray]:
+    """One prepared array [n, …] per conditioner, of the raw columns that it reads."""
+    return {
+        name: conditioner.prepare(*(columns[field] for field in conditioner.fields))
+        for name, conditioner in conditioners.items()
+    }
+
+
 def init(
     conditioners: Mapping[str, Conditioner],
     key: jax.Array,

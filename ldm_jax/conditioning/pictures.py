@@ -137,18 +137,8 @@ def inpainting(setting: Setting, *, convention: str = "sd") -> Conditioner:
     stride = size[0] // setting.latent_shape[0]
 
     def prepare(images: Any, masks: Any) -> np.ndarray:
-        x = prepare_images(size, images)
-        m = np.asarray(masks)
-        m = m[..., 0] if m.ndim == 4 else m
-        if m.shape != x.shape[:3]:
-            raise UserError(
-                f"mask: {_by(m.shape[1:])}, but the picture is {_by(size)}; give a mask"
-                " of the same size"
-            )
-        if np.setdiff1d(m, [0, 1]).size:
-            raise UserError("mask: has other values than 0 (keep) and 1 (fill)")
+        x, m = prepare_images(size, images), prepare_masks(size, masks)
         # What is in the hole isn't known, so it doesn't travel either.
-        m = m[..., None].astype(np.uint8)
         return np.concatenate([x * (1 - m), m], axis=-1)
 
     def before(values: jax.Array, tools: Tools) -> jax.Array:
@@ -344,9 +334,25 @@ def check_cells(setting: Setting, cells: int) -> None:
         )
 
 
-def prepare_images(size: tuple[int, int], images: Any) -> np.ndarray:
+def prepare_images(
+    size: tuple[int, int], images: Any, field: str = "image"
+) -> np.ndarray:
     """8-bit pictures of the model's `size` [H, W], as they are."""
-    return _pictures("image", images, size, f"those of the model are {_by(size)}")
+    return _pictures(field, images, size, f"those of the model are {_by(size)}")
+
+
+def prepare_masks(size: tuple[int, int], masks: Any) -> np.ndarray:
+    """Masks [n, H, W] or [n, H, W, 1] of 0 (keep) and 1 (fill), uint8 [n, H, W, 1]."""
+    m = np.asarray(masks)
+    m = m[..., 0] if m.ndim == 4 else m
+    if m.shape[1:] != size:
+        raise UserError(
+            f"mask: {_by(m.shape[1:])}, but the picture is {_by(size)}; give a mask of"
+            " the same size"
+        )
+    if np.setdiff1d(m, [0, 1]).size:
+        raise UserError("mask: has other values than 0 (keep) and 1 (fill)")
+    return m[..., None].astype(np.uint8)
 
 
 def _noise(tools: Tools, like: jax.Array) -> jax.Array:

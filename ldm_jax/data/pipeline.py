@@ -46,16 +46,17 @@ def train_batches(
     """
     local = _local_batch_size(batch_size, process_count)
     n = len(source)
-    read = _reader(source, ops, fields)
-    make = None if source.example is None else _maker(source, ops, fields)
+    endless = source.example is not None
+    read = (_maker if endless else _reader)(source, ops, fields)
 
     def example(count):
         position = count // local * batch_size + process_index * local + count % local
-        if make is not None:
-            return make(position, tf.stack([tf.constant(seed, tf.int64), position]))
+        random = tf.stack([tf.constant(seed, tf.int64), position])
+        if endless:
+            return read(position, random)
         order_seed = tf.stack([tf.constant(seed, tf.int64), position // n])
         index = tf.random.experimental.index_shuffle(position % n, order_seed, n - 1)
-        return read(index, tf.stack([tf.constant(seed, tf.int64), position]))
+        return read(index, random)
 
     counts = tf.data.Dataset.range(start_step * local, np.iinfo(np.int64).max)
     return _iterate(counts, example, local)
@@ -170,19 +171,24 @@ def _local_batch_size(batch_size: int, process_count: int) -> int:
     return batch_size // process_count
 
 
-def _reader(source: Source, ops, fields):
-    """Makes `read(index, seed) -> example`, processed."""
+def _chosen(source: Source, fields) -> Batch:
+    """The columns to carry; UserError for one that is not there."""
     if len(source) == 0:
         raise UserError("the source is empty; give it at least one example")
     for name in fields or ():
         if name not in source.fields:
             have = ", ".join(source.fields)
             raise UserError(f"fields: no {name!r} in the source, which has {have}")
-    columns = {
+    return {
         name: column
         for name, column in source.fields.items()
         if (name in fields if fields else name == "image" or _is_numeric(column))
     }
+
+
+def _reader(source: Source, ops, fields):
+    """Makes `read(index, seed) -> example`, processed, of the stored rows."""
+    columns = _chosen(source, fields)
     tensors = {
         # TensorFlow takes an object array of bytes only as a list.
         name: tf.constant(column.tolist() if column.dtype.kind == "O" else column)
@@ -203,26 +209,22 @@ def _reader(source: Source, ops, fields):
 
 
 def _maker(source: Source, ops, fields):
-    """Makes `make(position, seed) -> example`, processed, of an endless source."""
-    like = {
-        name: column
-        for name, column in source.fields.items()
-        if (name in fields if fields else name == "image" or _is_numeric(column))
-    }
+    """Makes `read(index, seed) -> example`, processed, of an endless source."""
+    like = _chosen(source, fields)  # their shapes and dtypes
+    types = [column.dtype for column in like.values()]
     process = preprocess.chain(ops)
 
-    def values(position):
-        row = source.example(int(position))
+    def values(index):
+        row = source.example(int(index))
         return [np.asarray(row[name], like[name].dtype) for name in like]
 
-    def make(position, seed):
-        types = [column.dtype for column in like.values()]
-        made = tf.numpy_function(values, [position], types, stateful=False)
+    def read(index, seed):
+        made = tf.numpy_function(values, [index], types, stateful=False)
         for value, column in zip(made, like.values(), strict=True):
             value.set_shape(column.shape[1:])
         return process(dict(zip(like, made, strict=True)), seed)
 
-    return make
+    return read
 
 
 def _is_numeric(column: np.ndarray) -> bool:

@@ -19,10 +19,13 @@ def invert(
     """The noise that DDIM (eta 0) on `grid` turns into about `z` [b, …], float32.
 
     Walks the grid from its end to its beginning (Song et al. 2021, eq. 14), and comes
-    back the closer the more steps there are. Take a grid with `clean=False`: a clean
-    latent has no eps_hat. Other than the reference's `encode`, which tells the net the
-    number of the step, this tells it the timestep.
+    back the closer the more steps there are. A clean end is left out, for a clean
+    latent has no eps_hat: `z` is taken to lie at the point before. Other than the
+    reference's `encode`, which tells the net the number of the step, this tells it the
+    timestep.
     """
+    if grid.sigma[-1] == 0:
+        grid = grid.without_end()
     return samplers.ddim(
         denoise, z, grid.reversed(), jax.random.key(0), trajectory=trajectory
     )

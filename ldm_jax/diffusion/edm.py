@@ -128,5 +128,7 @@ def sigma_loss(
     simple = objective.mean_error(x0_hat - z, loss_type)
     loss = loss_weights(weighting, sigma, sigma_data) * simple
     place = jax.scipy.stats.norm.cdf((jnp.log(sigma) - log_mean) / log_std)
-    quartile = jnp.minimum((place * objective.QUARTILES).astype(jnp.int32), 3)
-    return objective.metrics(loss, simple, {}, quartile, mask)
+    last = objective.QUARTILES - 1
+    quartile = jnp.minimum((place * objective.QUARTILES).astype(jnp.int32), last)
+    values = {"loss": loss, "loss_simple": simple}
+    return objective.pooled(values, "loss", quartile, mask)

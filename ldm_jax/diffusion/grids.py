@@ -49,6 +49,12 @@ class Grid(NamedTuple):
         with np.errstate(divide="ignore"):
             return -np.log(self.ratio)
 
+    def without_end(self) -> "Grid":
+        """All points but the last."""
+        return self._replace(
+            t=self.t[:-1], alpha=self.alpha[:-1], sigma=self.sigma[:-1]
+        )
+
     def reversed(self) -> "Grid":
         """The same points from the least to the most noise, for inversion."""
         return self._replace(

@@ -174,28 +174,30 @@ def diffusion_loss(
     if logvar is not None:
         weighted = weighted / jnp.exp(logvar[t]) + logvar[t]
     loss = l_simple_weight * weighted + original_elbo_weight * vlb
-    return metrics(loss, simple, {"loss_vlb": vlb}, t * QUARTILES // steps, mask)
+    values = {"loss": loss, "loss_simple": simple, "loss_vlb": vlb}
+    return pooled(values, "loss", t * QUARTILES // steps, mask)
 
 
-def metrics(
-    loss: jax.Array,
-    simple: jax.Array,
-    others: dict[str, jax.Array],
+def pooled(
+    values: dict[str, jax.Array],
+    quartered: str,
     quartile: jax.Array,
     mask: jax.Array | None,
 ) -> tuple[jax.Array, Metrics]:
-    """The mean [] of `loss` [b] where `mask` [b] isn't 0, and `diffusion_loss`'s pairs.
+    """The mean [] of values["loss"], and all of them as (sum, count) pairs.
 
-    `quartile` int32 [b] says which of 0 … 3 an example's noise belongs to.
+    `values` are [b], counted where `mask` [b] isn't 0. The one that `quartered` names
+    also comes by quartile: int32 [b] says which of 0 … 3 an example's noise belongs to.
     """
+    loss = values["loss"]
     mask = jnp.ones_like(loss) if mask is None else mask.astype(jnp.float32)
 
     def pair(values, mask):
         return jnp.sum(values * mask), jnp.sum(mask)
 
-    pairs = {"loss": pair(loss, mask), "loss_simple": pair(simple, mask)}
-    pairs |= {name: pair(values, mask) for name, values in others.items()}
+    pairs = {name: pair(value, mask) for name, value in values.items()}
     for q in range(QUARTILES):
-        pairs[f"loss_q{q}"] = pair(loss, jnp.where(quartile == q, mask, 0.0))
+        there = jnp.where(quartile == q, mask, 0.0)
+        pairs[f"{quartered}_q{q}"] = pair(values[quartered], there)
     total, count = pairs["loss"]
     return total / count, pairs

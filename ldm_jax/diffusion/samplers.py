@@ -44,14 +44,18 @@ def _noisy_steps(denoise, z, columns, key, temperature, noise, start, trajectory
     return stepping.scan(step, (z,), rows, start, trajectory)
 
 
+def _check_range(eta: float) -> None:
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta: {eta}; choose from 0 (DDIM) to 1 (ancestral)")
+
+
 def ancestral_noise(grid: grids.Grid, eta: float) -> tuple[np.ndarray, np.ndarray]:
     """(direction, spread) of each step, float64 [S]: what eps_hat and noise weigh.
 
     spread is sigma of Song et al. 2021, eq. 16, `eta` times the posterior's standard
     deviation; direction is what it leaves of the end's noise.
     """
-    if not 0 <= eta <= 1:
-        raise UserError(f"eta: {eta}; choose from 0 (DDIM) to 1 (ancestral)")
+    _check_range(eta)
     fresh = 1 - grid.shrink**2
     direction = grid.sigma[1:] * np.sqrt(1 - eta**2 * fresh)
     return direction, eta * grid.sigma[1:] * np.sqrt(fresh)
@@ -147,8 +151,7 @@ class Sampler:
         if self.eta is None and eta:
             legal = ", ".join(name for name, s in SAMPLERS.items() if s.eta is not None)
             raise UserError(f"eta: {eta}; only {legal} have it, so leave it out")
-        if not 0 <= eta <= 1:
-            raise UserError(f"eta: {eta}; choose from 0 (DDIM) to 1 (ancestral)")
+        _check_range(eta)
 
     def __call__(
         self,

@@ -7,8 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax import resample
-from ldm_jax.nets import layers, text_encoder
+from ldm_jax.nets import embedders, layers, text_encoder
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -20,11 +19,7 @@ def preprocess(x: jax.Array, size: int) -> jax.Array:
     Bicubic from corner to corner, without antialiasing, as the references' image
     embedders have it.
     """
-    rows, columns = (
-        jnp.asarray(resample.matrix(n, size, "bicubic", corners=True), jnp.float32)
-        for n in x.shape[1:3]
-    )
-    x = jnp.einsum("ih,bhwc,jw->bijc", rows, x.astype(jnp.float32), columns)
+    x = embedders.resize(x, (size, size), "bicubic", corners=True)
     mean, std = (jnp.asarray(v, jnp.float32)[None, None, None] for v in (MEAN, STD))
     return ((x + 1) / 2 - mean) / std
 

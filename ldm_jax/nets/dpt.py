@@ -10,7 +10,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax import resample
 from ldm_jax.nets import attention, embedders, layers
 
 _PATCH = 16  # pixels of the picture per token
@@ -34,23 +33,12 @@ def preprocess(x: jax.Array, side: int = 384) -> jax.Array:
     [-1, 1] is what it calls mean 0.5 and std 0.5. Bicubic without antialiasing, whose
     overshoot at edges stays, as in MiDaS.
     """
-    return _resize(x.astype(jnp.float32), size_for(*x.shape[1:3], side), "bicubic")
-
-
-def _resize(
-    x: jax.Array, size: tuple[int, int], method: str, corners: bool = False
-) -> jax.Array:
-    rows, columns = (
-        jnp.asarray(resample.matrix(n, m, method, corners=corners), jnp.float32)
-        for n, m in zip(x.shape[1:3], size, strict=True)
-    )
-    # With weights in bfloat16 an even surface would come out in steps.
-    return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns, precision="highest")
+    return embedders.resize(x, size_for(*x.shape[1:3], side), "bicubic")
 
 
 def _double(x: jax.Array) -> jax.Array:
     size = (2 * x.shape[1], 2 * x.shape[2])
-    return _resize(x, size, "bilinear", corners=True)
+    return embedders.resize(x, size, "bilinear", corners=True)
 
 
 class StandardizedConv(nn.Module):
@@ -200,7 +188,7 @@ class DPTHybrid(nn.Module):
         first = self.param("class_emb", init, (1, 1, self.dim))
         places = self.param("pos_emb", init, (1, 1 + self.grid**2, self.dim))
         square = places[:, 1:].reshape(1, self.grid, self.grid, self.dim)
-        square = _resize(square, (rows, columns), "bilinear")
+        square = embedders.resize(square, (rows, columns), "bilinear")
         x = layers.Conv(self.dim, 1, name="patch")(x) + square
         x = einops.rearrange(x, "b h w c -> b (h w) c")
         first = jnp.broadcast_to(first + places[:, :1], (b, 1, self.dim))

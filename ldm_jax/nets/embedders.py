@@ -8,17 +8,22 @@ from ldm_jax import resample
 from ldm_jax.nets import layers
 
 
-def resize(x: jax.Array, size: tuple[int, int], method: str) -> jax.Array:
+def resize(
+    x: jax.Array, size: tuple[int, int], method: str, *, corners: bool = False
+) -> jax.Array:
     """[b, h, w, c] to [b, *size, c] in float32, as torch; see `resample`.
 
     `jax.image.resize` antialiases and has another cubic, so published weights would
     see other pictures.
     """
     rows, columns = (
-        jnp.asarray(resample.matrix(n, m, method), jnp.float32)
+        jnp.asarray(resample.matrix(n, m, method, corners=corners), jnp.float32)
         for n, m in zip(x.shape[1:3], size, strict=True)
     )
-    return jnp.einsum("ih,bhwc,jw->bijc", rows, x.astype(jnp.float32), columns)
+    # With weights in bfloat16 an even surface would come out in steps.
+    exact = jax.lax.Precision.HIGHEST
+    x = x.astype(jnp.float32)
+    return jnp.einsum("ih,bhwc,jw->bijc", rows, x, columns, precision=exact)
 
 
 def scaled_depth(depth: jax.Array, size: tuple[int, int]) -> jax.Array:

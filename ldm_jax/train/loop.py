@@ -432,16 +432,15 @@ def train(
                 config, net, train_source, heldout_source, mesh, frozen
             )
         else:
-            first_stage = step_diffusion.remember(
-                model,
-                loaded_lib.load_first_stage(workdir, config),
-                train_source,
-                config.data.ops,
-            )
-            if jax.process_index() == 0:
-                workdir_lib.write_memory(workdir, first_stage.memory)
-            first_stage = first_stage.replace(encoders=encoders)
             kind = step_diffusion if name == "diffusion" else step_classifier
+            first_stage = loaded_lib.load_first_stage(workdir, config)
+            if name == "diffusion":
+                first_stage = step_diffusion.remember(
+                    model, first_stage, train_source, config.data.ops
+                )
+                first_stage = first_stage.replace(encoders=encoders)
+                if jax.process_index() == 0:
+                    workdir_lib.write_memory(workdir, first_stage.memory)
             stage = kind.make_stage(
                 config, model, first_stage, train_source, heldout_source
             )

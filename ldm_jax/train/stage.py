@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from ldm_jax.data import sources
+from ldm_jax.train import optim
 from ldm_jax.train import state as train_state
 
 # (params, frozen, batch, key, deterministic=False) -> (loss, metrics)
@@ -83,6 +84,58 @@ def make_step(
         return train_state.keep_finite(state, new, metrics | more)
 
     return step
+
+
+def of_loss(
+    name: str,
+    config: ml_collections.ConfigDict,
+    loss: Loss,
+    init: Callable[[jax.Array], Any],
+    *,
+    frozen: Any,
+    train_source: sources.Source,
+    heldout_source: sources.Source,
+    ops: tuple[Any, ...],
+    panels: Callable[[Any, Any], dict[str, np.ndarray]],
+) -> Stage:
+    """A stage of one loss and one optimizer, that of `config`'s section NAME_stage.
+
+    `init(key)` gives its params. All columns of the sources go to the loss.
+    """
+    section = config[f"{name}_stage"]
+    tx, schedule = optim.make_optimizer(
+        section.optim, section.steps, batch_size(section, config)
+    )
+    step = make_step(
+        loss,
+        tx,
+        seed=config.seed,
+        micro_batches=section.micro_batches,
+        ema_decay=section.ema_decay,
+    )
+
+    def create(key):
+        return train_state.create(init(key), tx, section.ema_decay)
+
+    def evaluate(params, frozen, batch, key):
+        return loss(params, frozen, batch, key, deterministic=True)[1]
+
+    return Stage(
+        name=name,
+        section=section,
+        create=create,
+        phases=(Phase(0, step),),
+        evaluate=evaluate,
+        schedule=schedule,
+        frozen=frozen,
+        train_source=train_source,
+        heldout_source=heldout_source,
+        ops=ops,
+        fields=tuple(train_source.fields),
+        panels=panels,
+        summarize=scalars,
+        finish=lambda params: {},
+    )
 
 
 def make_evaluate(of_key: Callable[..., train_state.Metrics], seed: int):

@@ -18,9 +18,8 @@ from ldm_jax import model as model_lib
 from ldm_jax.config import UserError
 from ldm_jax.data import sources
 from ldm_jax.diffusion import denoiser, objective, schedules
-from ldm_jax.train import optim, step_diffusion
 from ldm_jax.train import stage as stage_lib
-from ldm_jax.train import state as train_state
+from ldm_jax.train import step_diffusion
 
 NAME = "classifier"
 
@@ -99,23 +98,13 @@ def make_loss(model: model_lib.LatentDiffusion):
         error = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         own = jnp.take_along_axis(logits, labels[:, None], axis=-1)
         rank = jnp.sum(logits > own, axis=-1)
-        mask = batch.get("_mask")
-        mask = jnp.ones_like(error) if mask is None else mask.astype(jnp.float32)
-
-        def pair(values, mask=mask):
-            return jnp.sum(values * mask), jnp.sum(mask)
-
-        top1 = (rank < 1).astype(jnp.float32)
-        metrics = {
-            "loss": pair(error),
-            "top1": pair(top1),
-            "top5": pair((rank < 5).astype(jnp.float32)),
+        values = {
+            "loss": error,
+            "top1": (rank < 1).astype(jnp.float32),
+            "top5": (rank < 5).astype(jnp.float32),
         }
         quartile = t * objective.QUARTILES // steps
-        for q in range(objective.QUARTILES):
-            metrics[f"top1_q{q}"] = pair(top1, jnp.where(quartile == q, mask, 0.0))
-        total, count = metrics["loss"]
-        return total / count, metrics
+        return objective.pooled(values, "top1", quartile, batch.get("_mask"))
 
     return loss
 
@@ -129,23 +118,6 @@ def make_stage(
 ) -> stage_lib.Stage:
     """The stage of `config.classifier_stage` behind a finished first stage."""
     section, ops = config.classifier_stage, config.data.ops
-    batch_size = stage_lib.batch_size(section, config)
-    tx, schedule = optim.make_optimizer(section.optim, section.steps, batch_size)
-    loss = make_loss(model)
-    step = stage_lib.make_step(
-        loss,
-        tx,
-        seed=config.seed,
-        micro_batches=section.micro_batches,
-        ema_decay=section.ema_decay,
-    )
-
-    def create(key):
-        params = model_lib.init_classifier(model, key)
-        return train_state.create(params, tx, section.ema_decay)
-
-    def evaluate(params, frozen, batch, key):
-        return loss(params, frozen, batch, key, deterministic=True)[1]
 
     def prepared(source):
         fields: dict[str, Any] = {
@@ -159,20 +131,14 @@ def make_stage(
             fields["image"] = source.fields["image"]
         return sources.Source(fields, source.attribution)
 
-    rows = prepared(train_source)
-    return stage_lib.Stage(
-        name=NAME,
-        section=section,
-        create=create,
-        phases=(stage_lib.Phase(0, step),),
-        evaluate=evaluate,
-        schedule=schedule,
+    return stage_lib.of_loss(
+        NAME,
+        config,
+        make_loss(model),
+        lambda key: model_lib.init_classifier(model, key),
         frozen={"first_stage": first_stage},
-        train_source=rows,
+        train_source=prepared(train_source),
         heldout_source=prepared(heldout_source),
         ops=() if section.cache_latents else ops,
-        fields=tuple(rows.fields),
         panels=lambda params, frozen: {},
-        summarize=stage_lib.scalars,
-        finish=lambda params: {},
     )

@@ -18,9 +18,7 @@ from ldm_jax.config import UserError, nearest
 from ldm_jax.data import pipeline, sources
 from ldm_jax.diffusion import edm, objective, schedules
 from ldm_jax.evaluate import run_report
-from ldm_jax.train import optim
 from ldm_jax.train import stage as stage_lib
-from ldm_jax.train import state as train_state
 
 NAME = "diffusion"
 
@@ -119,16 +117,6 @@ def check(config: ml_collections.ConfigDict) -> None:
         objective.min_snr_weights(schedule, parameterization, gamma)
 
 
-def prepare_fields(
-    model: model_lib.LatentDiffusion, fields: Mapping[str, Any]
-) -> dict[str, np.ndarray]:
-    """One prepared array per conditioner, of the columns that it reads."""
-    return {
-        name: conditioner.prepare(*(fields[field] for field in conditioner.fields))
-        for name, conditioner in model.conditioners.items()
-    }
-
-
 def _prepared_example(model: model_lib.LatentDiffusion, source: sources.Source):
     """What an endless source makes, with its conditions prepared."""
     if source.example is None:
@@ -140,10 +128,9 @@ def _prepared_example(model: model_lib.LatentDiffusion, source: sources.Source):
         for field, value in row.items():
             text = isinstance(value, str)
             columns[field] = [value] if text else np.asarray(value)[None]
-        fields = prepare_fields(model, columns)
-        return {name: rows[0] for name, rows in fields.items()} | {
-            "image": row["image"]
-        }
+        fields = conditioning.prepare(model.conditioners, columns)
+        conditions = {name: rows[0] for name, rows in fields.items()}
+        return conditions | {"image": row["image"]}
 
     return example
 
@@ -202,28 +189,10 @@ def make_stage(
 ) -> stage_lib.Stage:
     """The stage of `config.diffusion_stage` behind a finished first stage."""
     section, ops = config.diffusion_stage, config.data.ops
-    batch_size = stage_lib.batch_size(section, config)
-    tx, schedule = optim.make_optimizer(section.optim, section.steps, batch_size)
-    loss = make_loss(model, section)
-    step = stage_lib.make_step(
-        loss,
-        tx,
-        seed=config.seed,
-        micro_batches=section.micro_batches,
-        ema_decay=section.ema_decay,
-    )
-
-    def create(key):
-        params = model_lib.init_diffusion(config, model, key)
-        return train_state.create(params, tx, section.ema_decay)
-
-    def evaluate(params, frozen, batch, key):
-        return loss(params, frozen, batch, key, deterministic=True)[1]
-
     prepared = []
     for source in (train_source, heldout_source):
         raw = run_report.raw_conditions(model, source, ops)
-        fields = prepare_fields(model, raw)
+        fields = conditioning.prepare(model.conditioners, raw)
         if section.cache_latents:
             fields["moments"] = encode_source(model, first_stage, source, ops)
         else:
@@ -238,7 +207,7 @@ def make_stage(
             model,
             params,
             frozen["first_stage"],
-            prepare_fields(model, shown_fields),
+            conditioning.prepare(model.conditioners, shown_fields),
             count=PANEL,
             settings=draw.Settings(steps=config.sample.steps, trajectory=True),
             guidance_scale=config.sample.guidance_scale,
@@ -251,19 +220,14 @@ def make_stage(
             panel["condition"] = condition / 127.5 - 1.0
         return panel
 
-    return stage_lib.Stage(
-        name=NAME,
-        section=section,
-        create=create,
-        phases=(stage_lib.Phase(0, step),),
-        evaluate=evaluate,
-        schedule=schedule,
+    return stage_lib.of_loss(
+        NAME,
+        config,
+        make_loss(model, section),
+        lambda key: model_lib.init_diffusion(config, model, key),
         frozen={"first_stage": first_stage},
         train_source=prepared[0],
         heldout_source=prepared[1],
         ops=() if section.cache_latents else ops,
-        fields=tuple(prepared[0].fields),
         panels=panels,
-        summarize=stage_lib.scalars,
-        finish=lambda params: {},
     )

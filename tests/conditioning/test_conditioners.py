@@ -153,6 +153,25 @@ def test_the_other_half_of_guidance(kind):
         assert not np.array_equal(getattr(given, slot), getattr(other, slot))
 
 
+def test_text_may_go_through_t5_or_be_one_pooled_vector():
+    t5 = dict(kind="t5", dim=16, depth=1, heads=2, dim_head=8, dim_ff=24)
+    clip = dict(kind="clip", dim=16, depth=1, heads=2, projection_dim=12)
+    captions = _columns(4)["caption"]
+    for net, slot, shape in (
+        (t5, "context", (4, 8, 16)),
+        (clip, "context", (4, 1, 12)),
+        (clip, "vector", (4, 12)),
+    ):
+        made = kinds.KINDS["text"](SETTING, length=8, net=net, slot=slot)
+        params = conditioners.init({"it": made}, jax.random.key(0))
+        batch = {"it": made.prepare(captions)}
+        given = conditioners.encode({"it": made}, params, batch)
+        assert getattr(given, slot).shape == shape
+    with pytest.raises(UserError, match="net.variant: 't5_large'; did you mean"):
+        net = dict(kind="t5", variant="t5_large")
+        kinds.KINDS["text"](SETTING, length=8, net=net)
+
+
 def test_neighbours_are_the_nearest_but_in_training_not_oneself():
     conditioner = neighbours.neighbours(SETTING, k=3, cells=2)
     images, given = _columns(8)["image"], tools(8)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import sampler_orders
-from ldm_jax.diffusion import denoiser, edm, grids, samplers, schedules
+from ldm_jax.diffusion import denoiser, editing, edm, grids, samplers, schedules
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 MIXTURE = sampler_orders.Mixture()
@@ -212,6 +212,32 @@ def test_net_calls_are_as_many_as_said(name):
     extra = 1 if name == "plms" else 0
     assert len(seen) == 4 * sampler.calls + last + extra
     assert seen[0] == sampler.grid(SCHEDULE, 5).t[0]
+
+
+@pytest.mark.parametrize("name", ["ddim", "euler"])
+@pytest.mark.parametrize("process", ["sigma", "zero terminal SNR"])
+def test_inversion_comes_back_from_a_clean_end_and_from_pure_noise(process, name):
+    """There the one has no eps_hat, and here the other no ratio."""
+    sampler = samplers.SAMPLERS[name]
+    if process == "sigma":
+        schedule, parameterization = schedules.SigmaSchedule(0.01, 40.0), "x0"
+    else:
+        schedule, parameterization = TERMINAL, "v"
+
+    def apply(z_t, t, cond):
+        x0_hat, eps_hat = MIXTURE.denoise(schedule)(z_t, t)
+        return denoiser.target(parameterization, schedule, x0_hat, t, eps_hat)
+
+    denoise = denoiser.make_denoiser(apply, schedule, parameterization, conds=[None])
+    z = jnp.linspace(-1.5, 1.2, 28)[:, None]
+    grid = sampler.grid(schedule, 200)
+    noise, _ = editing.invert(denoise, z, grid)
+    assert np.isfinite(noise).all()
+    scale = np.hypot(grid.alpha[0], grid.sigma[0])
+    assert 0.3 < np.std(noise) / scale < 2
+    back, _ = sampler(denoise, noise, schedule, jax.random.key(0), steps=200)
+    print(np.abs(back - z).max())
+    assert np.abs(back - z).max() < 0.15
 
 
 def test_scaled_nets_of_edm_are_the_same_denoiser():

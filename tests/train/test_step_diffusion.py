@@ -156,7 +156,7 @@ def test_everything_that_is_trained_gets_a_gradient(setup):
 def test_prepared_fields_are_one_row_a_caption(setup):
     _, model, _, _ = setup
     source = sources.load("synthetic", "train", resolution=16, count=5)
-    fields = step_diffusion.prepare_fields(model, source.fields)
+    fields = conditioning.prepare(model.conditioners, source.fields)
     assert fields["text"].shape == (5, *model.conditioners["text"].null.shape)
     assert fields["text"].dtype == np.int32
 
