@@ -29,7 +29,7 @@ def classes(num_classes: int, dim: int, null_class: bool = True) -> ConfigDict:
 
 def openmoji() -> ConfigDict:
     """Emoji of a group at 32 pixels."""
-    config = defaults.emoji()
+    config = defaults.mostly_noisy(defaults.emoji())
     config.conditioners.label = classes(GROUPS, 128)
     config.unet = defaults.emoji_unet(context_dim=128)
     config.diffusion_stage.steps = 1500

@@ -13,7 +13,7 @@ from ldm_jax import defaults
 
 def openmoji() -> ConfigDict:
     """Emoji from their names at 32 pixels."""
-    config = defaults.emoji()
+    config = defaults.mostly_noisy(defaults.emoji())
     config.stages = ("diffusion",)
     config.autoencoder = ConfigDict(dict(kind="identity", channels=3))
     config.conditioners.text = defaults.small_text(dim=128)

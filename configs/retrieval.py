@@ -16,7 +16,7 @@ from ldm_jax import defaults
 
 def openmoji() -> ConfigDict:
     """Emoji at 32 pixels from their names and the four that are nearest to one."""
-    config = defaults.emoji()
+    config = defaults.mostly_noisy(defaults.emoji())
     config.conditioners.neighbours = ConfigDict(
         dict(kind="neighbours", k=4, cells=4, dim=128)
     )

@@ -15,7 +15,7 @@ from ldm_jax import defaults
 
 def openmoji() -> ConfigDict:
     """Emoji from their names at 32 pixels: minutes on 2 CPU cores, no download."""
-    config = defaults.emoji()
+    config = defaults.mostly_noisy(defaults.emoji())
     config.conditioners.text = defaults.small_text(dim=128)
     config.unet = defaults.emoji_unet(context_dim=128)
     return config

@@ -15,7 +15,7 @@ from ldm_jax import defaults
 
 def openmoji() -> ConfigDict:
     """Emoji at 32 pixels that look like another one, called by a name."""
-    config = defaults.emoji()
+    config = defaults.mostly_noisy(defaults.emoji())
     config.conditioners.alike = ConfigDict(dict(kind="image_embedding", cells=2))
     config.conditioners.text = defaults.small_text(dim=128)
     config.unet = defaults.emoji_unet(context_dim=128)
