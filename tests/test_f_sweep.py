@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 
-from benchmarks import f_sweep
+from benchmarks import experiment, f_sweep
 from ldm_jax import config as config_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
@@ -44,9 +44,9 @@ def test_larger_sweeps_can_be_planned(size):
 
 
 def test_a_budget_below_one_step_is_an_error():
-    assert f_sweep.affordable_steps(10.0, {"diffusion": 3.0}) == {"diffusion": 3}
+    assert experiment.affordable_steps(10.0, {"diffusion": 3.0}) == {"diffusion": 3}
     with pytest.raises(UserError, match=r"diffusion_stage\.batch_size: one step"):
-        f_sweep.affordable_steps(1.0, {"diffusion": 3.0})
+        experiment.affordable_steps(1.0, {"diffusion": 3.0})
 
 
 @pytest.mark.parametrize(
@@ -71,29 +71,29 @@ def test_mistakes_take_one_line_and_write_nothing(tmp_path, capsys, flags, error
 def test_a_finished_factor_is_kept_unless_its_run_was_another(tmp_path):
     size = f_sweep.SIZES["debug"]
     plan = f_sweep.Plan(4, ("diffusion_stage.steps=7",), {}, {})
-    assert f_sweep.kept_row(tmp_path, plan, size) is None
+    assert f_sweep.finished_row(tmp_path, plan, size) is None
     config = config_lib.load(plan.spec, plan.overrides)
     path = workdir_lib.config_path(tmp_path)
     workdir_lib.write_text(path, config_lib.to_json(config))
     row = _row(4, samples=size.samples)
     workdir_lib.write_text(tmp_path / f_sweep.ROW, json.dumps(row))
-    assert f_sweep.kept_row(tmp_path, plan, size) == row
+    assert f_sweep.finished_row(tmp_path, plan, size) == row
     longer = plan._replace(overrides=("diffusion_stage.steps=8",))
-    assert f_sweep.kept_row(tmp_path, longer, size) is None
-    assert f_sweep.kept_row(tmp_path, plan, size._replace(samples=99)) is None
+    assert f_sweep.finished_row(tmp_path, longer, size) is None
+    assert f_sweep.finished_row(tmp_path, plan, size._replace(samples=99)) is None
 
 
 def test_table_and_plot_of_rows_with_gaps(tmp_path):
     nothing = dict.fromkeys(("psnr", "reconstruction_random_net_distance"))
     rows = [_row(1, **nothing), _row(4, psnr=30.25), _row(8, psnr=26.0)]
-    f_sweep.write_csv(rows, tmp_path / "f_sweep.csv")
+    experiment.write_csv(rows, f_sweep.COLUMNS, tmp_path / "f_sweep.csv")
     with (tmp_path / "f_sweep.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [line["f"] for line in read] == ["1", "4", "8"]
     assert [line["psnr"] for line in read] == ["", "30.25", "26"]
     assert [path.name for path in tmp_path.iterdir()] == ["f_sweep.csv"]
 
-    lines = f_sweep.table(rows).splitlines()
+    lines = experiment.table(rows, f_sweep.COLUMNS).splitlines()
     assert len(lines) == 2 + len(rows) and len({line.count("|") for line in lines}) == 1
 
     f_sweep.draw(rows, "a title", tmp_path / "f_sweep.png")

@@ -17,10 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 
 from ldm_jax.config import UserError
-from ldm_jax.train.state import TrainState
+from ldm_jax.train.state import TrainState, create
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,15 @@ class Checkpoints:
             f"--workdir: no sound checkpoint in {self.folder}; train this stage first:"
             " python -m ldm_jax.train --config=… --workdir=…"
         )
+
+
+def save_params(folder: pathlib.Path, params: Any, step: int, **facts: Any) -> None:
+    """Writes params that have no optimizer as the last checkpoint of a stage."""
+    state = create(params, optax.identity(), ema_decay=0.0)
+    state = state.replace(step=jnp.asarray(step, jnp.int32))
+    saved = Checkpoints(folder)
+    saved.save(state, {"step": step, "complete": True} | facts)
+    saved.close()
 
 
 @contextlib.contextmanager
