@@ -4,8 +4,7 @@
 
 trains on emoji in minutes on 2 CPU cores. What is alike is told by the run's own first
 stage, averaged over parts of the picture, since CLIP's towers can't be had offline.
-`rdm768` is the published model with that embedding in place of CLIP's; it has not been
-trained here yet.
+`rdm768` is the published model on CLIP's vectors; it has not been trained here yet.
 """
 
 from ml_collections import ConfigDict
@@ -37,7 +36,12 @@ def rdm768() -> ConfigDict:
     config.resolution = 768
     config.autoencoder = ConfigDict(dict(variant="kl_f16"))
     config.conditioners.neighbours = ConfigDict(
-        dict(kind="neighbours", k=20, cells=4, dim=768)
+        dict(
+            kind="clip_neighbours",
+            k=20,
+            net=dict(variant="clip_l"),
+            weights="openai/clip-vit-large-patch14",
+        )
     )
     config.unet = ConfigDict(dict(variant="rdm768", remat=True))
     config.diffusion.update(dict(linear_start=0.0015, linear_end=0.015))

@@ -48,7 +48,11 @@ def unclip_h() -> ConfigDict:
 
 
 def unclip_l() -> ConfigDict:
-    """Alike by CLIP's ViT-L, 869.52M UNet."""
+    """Alike by CLIP's ViT-L, 869.52M UNet.
+
+    `conditioners.alike.weights` may name Karlo's statistics of embeddings too: "the
+    tower,ViT-L-14_stats.th". Those of `unclip_h` are in its checkpoint.
+    """
     return _unclip("unclip_l", "clip_l", "openai/clip-vit-large-patch14")
 
 

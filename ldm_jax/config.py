@@ -195,13 +195,14 @@ def differences(old: ml_collections.ConfigDict, new: ml_collections.ConfigDict) 
 
     What stands under `report` and `mesh` changes what is shown and where it runs, not
     what is computed, so a run may be continued with other values there; and with other
-    learning rates and clipping, for that is how one is mended that went astray.
+    learning rates and clipping, for that is how one is mended that went astray. None is
+    as good as absent, so that a newer version with one more option goes on too.
     """
     old, new = flatten(old), flatten(new)
     free = re.compile(r"(report|mesh)\..*|preset|.*optim\.(learning_rate|clip_norm)")
     fields = [
-        f"{key}: {old.get(key, 'absent')!r} -> {new.get(key, 'absent')!r}"
+        f"{key}: {old.get(key)!r} -> {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
-        if not free.fullmatch(key) and old.get(key, "absent") != new.get(key, "absent")
+        if not free.fullmatch(key) and old.get(key) != new.get(key)
     ]
     return ", ".join(fields)

@@ -66,6 +66,7 @@ def optim() -> ConfigDict:
     section.eps = 1e-8
     section.weight_decay = 0.01
     section.clip_norm = 0.0  # 0 switches clipping off
+    section.train_only = None  # pattern of the params' paths; the others stay
     return section
 
 
@@ -122,6 +123,7 @@ def both_stages() -> ConfigDict:
     config = first_stage()
     config.stages = ("autoencoder", "diffusion")
     config.autoencoder_from = None  # workdir of a run whose first stage this one takes
+    config.init_from = None  # workdir of a run whose diffusion model this one finetunes
 
     config.diffusion = ConfigDict()
     config.diffusion.parameterization = "eps"  # eps | x0 | v
@@ -281,7 +283,7 @@ def emoji(channels: int = 8) -> ConfigDict:
     config.autoencoder_stage.update(dict(steps=3000, batch_size=8, ema_decay=0.995))
     config.autoencoder_stage.optim.update(fast_adam(2e-3, warmup_steps=50))
     config.diffusion.parameterization = "v"
-    config.diffusion_stage.update(dict(steps=3500, batch_size=32, ema_decay=0.998))
+    config.diffusion_stage.update(dict(steps=3000, batch_size=32, ema_decay=0.998))
     config.diffusion_stage.optim.update(fast_adam(2e-3, warmup_steps=100))
     config.diffusion_stage.optim.clip_norm = 1.0
     return config

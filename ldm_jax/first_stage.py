@@ -61,7 +61,11 @@ def sample_moments(
     net: nn.Module, first_stage: FirstStage, moments: jax.Array, key: jax.Array
 ) -> jax.Array:
     """Draws a unit-variance latent z [b, h, w, c] from what `encode_moments` gave."""
-    z = net.apply({}, moments, key, method="latent")
+    return standardize(first_stage, net.apply({}, moments, key, method="latent"))
+
+
+def standardize(first_stage: FirstStage, z: jax.Array) -> jax.Array:
+    """Latents [b, h, w, c] as the autoencoder has them, at unit variance."""
     return (z - first_stage.mean[None, None, None]) / first_stage.std[None, None, None]
 
 

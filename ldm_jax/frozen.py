@@ -20,6 +20,7 @@ from ldm_jax import model as model_lib
 from ldm_jax.config import UserError
 from ldm_jax.convert import torch_archive, towers
 
+SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder or on the hub
 
 
@@ -78,7 +79,17 @@ def write(workdir: pathlib.Path, params: Mapping[str, Any]) -> None:
 
 
 def read(source: str, option: str) -> dict[str, np.ndarray]:
-    """The state dict of `source`; UserErrors name `option`."""
+    """The state dict of `source`, or of several with commas between as one.
+
+    UserErrors name `option`.
+    """
+    arrays = {}
+    for part in source.split(","):
+        arrays |= _read(part.strip(), option)
+    return arrays
+
+
+def _read(source: str, option: str) -> dict[str, np.ndarray]:
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
@@ -86,14 +97,15 @@ def read(source: str, option: str) -> dict[str, np.ndarray]:
             raise UserError(f"{option}: {source!r} has no {' or '.join(FILES)} in it")
         path = found[0]
     elif not path.is_file():
-        looks_local = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-        if looks_local or source.startswith((".", "/", "~")):
+        if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
             raise UserError(f"{option}: no file or folder {source!r}")
         path = _fetch(source, option)
     if path.suffix == ".safetensors":
         return _read_safetensors(path, option)
     # A trainer's checkpoint holds more than arrays, of which nothing is built.
     tree = torch_archive.load(path, "state_dict" if path.suffix == ".ckpt" else None)
+    if isinstance(tree, list | tuple) and len(tree) == 2:  # Karlo's mean and std
+        tree = dict(zip(towers.STATISTICS, tree, strict=True))
     if not isinstance(tree, Mapping):
         raise UserError(f"{option}: {path} holds no dict of arrays; give another file")
     return dict(tree)

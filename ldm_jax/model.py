@@ -268,9 +268,8 @@ def untrained_tools(
     """Tools of an untrained first stage for one row; for shapes only."""
     key, c = jax.random.key(0), model.latent_shape[-1]
     params, _ = init_autoencoder(config, model.autoencoder, key)
-    z = jnp.zeros((1024, *model.latent_shape))  # more than any condition looks up
-    memory = {
-        name: conditioner.remembered(z)
+    memory = {  # of more pictures than any condition looks up
+        name: jnp.zeros((1024, conditioner.remembered_dim))
         for name, conditioner in model.conditioners.items()
         if conditioner.remembered is not None
     }

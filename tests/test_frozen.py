@@ -12,6 +12,7 @@ import ldm_jax
 from ldm_jax import config as config_lib
 from ldm_jax import frozen
 from ldm_jax.config import UserError
+from ldm_jax.convert import towers
 from ldm_jax.train import __main__ as train_main
 from ldm_jax.train import loop
 from tests import runs
@@ -102,13 +103,19 @@ def test_a_tower_is_read_from_torch_s_files(tmp_path):
     torch.save(tensors, tmp_path / "clip.bin")
     whole = {"state_dict": tensors, "trainer": argparse.Namespace(lr=1.0)}
     torch.save(whole, tmp_path / "sd.ckpt")
-    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save([1, 2, 3], tmp_path / "list.pt")
     for name in ("clip.bin", "sd.ckpt"):
         model = runs.build(_config(str(tmp_path / name)))
         again = frozen.load(model, tmp_path / "none")["text"]
         jax.tree.map(np.testing.assert_array_equal, ours, again)
     with pytest.raises(UserError, match="x: .*list.pt holds no dict of arrays"):
         frozen.read(str(tmp_path / "list.pt"), "x")
+
+    # Karlo's statistics are a pair, beside the tower's own file.
+    torch.save((torch.arange(3.0), torch.ones(3)), tmp_path / "stats.th")
+    both = frozen.read(f"{tmp_path / 'clip.bin'}, {tmp_path / 'stats.th'}", "x")
+    assert set(both) == set(tensors) | set(towers.STATISTICS)
+    assert both[towers.STATISTICS[0]].tolist() == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("dtype", "works"), [("BF16", True), ("F8_E4M3", False)])

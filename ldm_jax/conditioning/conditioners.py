@@ -86,9 +86,10 @@ class Conditioner:
     stands for "no condition", or where `drop_output` what the net gives becomes zeros.
     Guidance drops all rows in its unconditional half, unless `guided` is False: a
     picture to be completed is part of the task, not of the prompt. `noise_levels` is
-    how many levels of noise it can be given. `remembered` maps the latents of training
-    pictures [b, h, w, c] to what `before` will look up, [b, d]. `weights` says where
-    those of a net that is not trained are, see frozen.py.
+    how many levels of noise it can be given. `remembered(x, tools, params)` makes of
+    training pictures [b, H, W, 3] in [-1, 1] what `before` will look up, [b, d], where
+    d is `remembered_dim`. `weights` says where those of a net that is not trained are,
+    see frozen.py.
     """
 
     fields: tuple[str, ...]
@@ -102,7 +103,8 @@ class Conditioner:
     guided: bool = True
     noise_levels: int = 0
     before: Callable[[jax.Array, Tools], Any] | None = None
-    remembered: Callable[[jax.Array], jax.Array] | None = None
+    remembered: Callable[[jax.Array, Tools, Any], jax.Array] | None = None
+    remembered_dim: int = 0
     weights: str | None = None
 
     @property

@@ -192,6 +192,7 @@ KINDS: dict[str, Callable[..., Conditioner]] = {
     "image_embedding": pictures.image_embedding,
     "clip_image": pictures.clip_image,
     "neighbours": neighbours.neighbours,
+    "clip_neighbours": neighbours.clip_neighbours,
 }
 
 

@@ -202,14 +202,7 @@ def photo_depth(
     `net` are the options of nets/dpt.py or its `variant`; `side` is about the size in
     which it looks at pictures.
     """
-    size, options = setting.size, dict(net)
-    variant = options.pop("variant", None)
-    if variant is not None:
-        if variant not in dpt.VARIANTS:
-            hint = nearest(variant, dpt.VARIANTS)
-            raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
-        options |= dpt.VARIANTS[variant]
-    tower = construct("conditioners.*.net", dpt.DPTHybrid, options)
+    size, tower = setting.size, _tower(net, dpt.DPTHybrid, dpt.VARIANTS)
 
     def before(x: jax.Array, tools: Tools) -> jax.Array:
         del tools
@@ -268,25 +261,16 @@ def clip_image(
     setting: Setting,
     *,
     net: Mapping[str, Any],
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
     max_noise_level: int = 1000,
     noise_level: int = 0,
     dropout: float = 0.25,
 ) -> Conditioner:
     """As `image_embedding`, of a frozen CLIP picture tower (SD-unCLIP itself, §6.5).
 
-    `net` are the tower's options or its `variant`; `mean` and `std` those of its
-    embeddings over the training data, if they are to be standardised before the noise.
+    `net` are the tower's options or its `variant`. Where its weights come with the mean
+    and std of embeddings, these are standardised before the noise.
     """
-    options, size = dict(net), setting.size
-    variant = options.pop("variant", None)
-    if variant is not None:
-        if variant not in clip_vision.VARIANTS:
-            hint = nearest(variant, clip_vision.VARIANTS)
-            raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
-        options |= clip_vision.VARIANTS[variant]
-    tower = construct("conditioners.*.net", clip_vision.CLIPVisionTransformer, options)
+    size, tower = setting.size, clip_tower(net)
     schedule = schedules.make_schedule(schedule="squaredcos_cap_v2")
 
     def before(x: jax.Array, tools: Tools) -> tuple[jax.Array, ...]:
@@ -302,7 +286,7 @@ def clip_image(
         slots=("vector",),
         prepare=functools.partial(prepare_images, size),
         null=np.full((*size, 3), GREY, np.uint8),
-        net=clip_vision.ImageVector(tower, mean, std),
+        net=clip_vision.ImageVector(tower),
         trainable=False,
         dropout=dropout,
         drop_output=True,
@@ -317,6 +301,22 @@ def clip_image(
 def to_float(x: jax.Array) -> jax.Array:
     """uint8 to [-1, 1]."""
     return x.astype(jnp.float32) / 127.5 - 1.0
+
+
+def clip_tower(net: Mapping[str, Any]) -> clip_vision.CLIPVisionTransformer:
+    """The CLIP picture tower of a config, by its options or its `variant`."""
+    return _tower(net, clip_vision.CLIPVisionTransformer, clip_vision.VARIANTS)
+
+
+def _tower(net: Mapping[str, Any], make: Any, variants: Mapping[str, Any]) -> Any:
+    options = dict(net)
+    variant = options.pop("variant", None)
+    if variant is not None:
+        if variant not in variants:
+            hint = nearest(variant, variants)
+            raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
+        options |= variants[variant]
+    return construct("conditioners.*.net", make, options)
 
 
 def pooled(z: jax.Array, cells: int) -> jax.Array:

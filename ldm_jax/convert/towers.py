@@ -9,7 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.convert import compvis, depth
-from ldm_jax.nets import clip_vision, dpt, t5, text_encoder
+from ldm_jax.nets import clip_vision, dpt, embedders, t5, text_encoder
+
+# Of embeddings over training pictures, as SD-unCLIP's checkpoints call them.
+STATISTICS = ("noise_augmentor.data_mean", "noise_augmentor.data_std")
 
 
 def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -29,9 +32,20 @@ def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str,
     if isinstance(net, clip_vision.CLIPVisionTransformer):
         return clip_vision_params(state_dict, net)
     if isinstance(net, clip_vision.ImageVector):
+        return _image_vector(net, dict(state_dict))
+    if isinstance(net, clip_vision.NearestVectors):
         return {"tower": clip_vision_params(state_dict, net.tower)}
     if isinstance(net, dpt.DepthMap):
         return {"tower": depth.dpt_params(state_dict, net.tower)}
+    if isinstance(net, embedders.ClassEmbedder):
+        ids = jax.ShapeDtypeStruct([1], jnp.int32)
+        return _small(net, ids, _under(state_dict, "cond_stage_model."))
+    if isinstance(net, embedders.SpatialRescaler):
+        own = _under(state_dict, "cond_stage_model.")
+        channels = np.shape(own.get("channel_mapper.weight", np.zeros([1, 1])))[1]
+        side = int(round(net.multiplier**-net.n_stages))
+        x = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+        return _small(net, x, own)
     raise ValueError(f"weights of a {type(net).__name__} can't be read")
 
 
@@ -44,6 +58,20 @@ def _clip_text(net, state_dict):
         kept = {k: v for k, v in state_dict.items() if k.startswith(parts)}
         return compvis.clip_params(kept, net)
     return compvis.openclip_params(state_dict, net)
+
+
+def _image_vector(net, state_dict):
+    d = net.tower.projection_dim
+    mean, std = (
+        np.ravel(state_dict.pop(key, np.full(d, value))).astype(np.float32)
+        for key, value in zip(STATISTICS, (0, 1), strict=True)
+    )
+    if len(mean) != d or len(std) != d or not np.all(std > 0):
+        raise ValueError(
+            f"{' and '.join(STATISTICS)} are not {d} numbers each, the latter above 0"
+        )
+    tower = clip_vision_params(_under(state_dict, "embedder."), net.tower)
+    return {"tower": tower, "mean": mean, "std": std}
 
 
 def t5_params(state_dict: Mapping[str, np.ndarray], net: t5.T5Encoder) -> dict:
@@ -108,6 +136,19 @@ def clip_vision_params(
         rules = compvis.openclip_rules(shapes, names, "visual.transformer.resblocks")
         ignorable = r"(?!visual\.).*"
     return compvis.convert(state_dict, rules, shapes, ignorable)
+
+
+def _small(net, example, state_dict):
+    """Params of a net of one layer, whose 1x1 convolutions are dense layers here."""
+    shapes = compvis.abstract_params(net, example)
+    table = {"embed": "", "embedding": "embedding.weight"}
+
+    def rules():
+        for rule in _rules(shapes, table):
+            conv = rule.layout is compvis.LINEAR
+            yield rule._replace(layout=compvis.POINTWISE_2D) if conv else rule
+
+    return compvis.convert(state_dict, rules(), shapes, "")
 
 
 def _rules(shapes, table):

@@ -88,11 +88,10 @@ class ImageVector(nn.Module):
 
     Takes (pictures, signal [b, 1], noise [b, d], level [b, d]): d is projection_dim,
     `level` the level's sinusoids. Gives [b, 2 d] (`CLIPEmbeddingNoiseAugmentation`).
+    `mean` and `std` [d] among the params are those of embeddings of training pictures.
     """
 
     tower: CLIPVisionTransformer
-    mean: tuple[float, ...] | None = None  # of embeddings, [d]; 0 and 1 unless given
-    std: tuple[float, ...] | None = None
 
     @nn.compact
     def __call__(
@@ -102,22 +101,54 @@ class ImageVector(nn.Module):
         x, signal, noise, level = values
         x = preprocess(x, self.tower.image_size)
         e = self.tower(x).embedding.astype(jnp.float32)
-        noised = noised_embedding(e, signal, noise, self.mean, self.std)
+        mean = self.param("mean", nn.initializers.zeros, e.shape[-1:])
+        std = self.param("std", nn.initializers.ones, e.shape[-1:])
+        noised = noised_embedding(e, signal, noise, mean, std)
         return jnp.concatenate([noised, level], axis=-1)
 
 
 def noised_embedding(
-    e: jax.Array,
-    signal: jax.Array,
-    noise: jax.Array,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    e: jax.Array, signal: jax.Array, noise: jax.Array, mean: jax.Array, std: jax.Array
 ) -> jax.Array:
-    """signal e [b, d] + noise, in units where e has `mean` 0 and `std` 1."""
-    if mean is None or std is None:
-        return signal * e + noise
-    mean, std = (jnp.asarray(v, jnp.float32)[None] for v in (mean, std))
+    """signal e [b, d] + noise, in units where e has `mean` [d] 0 and `std` [d] 1."""
+    mean, std = mean[None], std[None]
     return (signal * ((e - mean) / std) + noise) * std + mean
+
+
+class NearestVectors(nn.Module):
+    """The `k` known embeddings that are nearest to a picture's, as tokens [b, k, d].
+
+    Takes (pictures, known unit vectors [n, d], whether the nearest is the picture
+    itself and left out), as retrieval-augmented diffusion's context is made.
+    """
+
+    tower: CLIPVisionTransformer
+    k: int
+
+    def __call__(
+        self, values: tuple[jax.Array, ...], deterministic: bool = True
+    ) -> jax.Array:
+        del deterministic
+        x, known, without_first = values
+        return nearest(embed_unit(self.tower, x), known, self.k, without_first)
+
+
+def embed_unit(tower: CLIPVisionTransformer, x: jax.Array) -> jax.Array:
+    """Pictures [b, H, W, 3] in [-1, 1] to unit embeddings [b, d], by a bound tower."""
+    return unit(tower(preprocess(x, tower.image_size)).embedding.astype(jnp.float32))
+
+
+def unit(e: jax.Array) -> jax.Array:
+    """Vectors [b, d] at length 1; those of length 0 stay."""
+    return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-6)
+
+
+def nearest(
+    e: jax.Array, known: jax.Array, k: int, without_first: jax.Array | bool
+) -> jax.Array:
+    """The `k` of `known` [n, d], n > k, of the greatest product with `e` [b, d]."""
+    _, order = jax.lax.top_k(e @ known.T, k + 1)
+    return known[jnp.where(without_first, order[:, 1:], order[:, :-1])]
 
 
 _CLIP = dict(image_size=224, patch_size=14, heads=16)

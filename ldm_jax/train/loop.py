@@ -8,6 +8,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
@@ -25,6 +26,7 @@ from ldm_jax.train import alarms as alarms_lib
 from ldm_jax.train import (
     check_data,
     checkpoint,
+    finetune,
     handover,
     optim,
     report,
@@ -80,6 +82,7 @@ def check(
             hint = config_lib.nearest(name, STAGES)
             raise UserError(f"stages: no stage {name!r}; {hint}")
     mesh = sharding.make_mesh(config.mesh)
+    finetune.adopt_first_stage(config)
     if handover.is_taken(config):
         handover.adopt_config(config, workdir)
     for name in config.stages:
@@ -115,14 +118,15 @@ def make_tokenizers(
     workdir: pathlib.Path,
     source: sources.Source,
 ) -> dict[str, Any]:
-    """The conditioners' tokenizers: from the workdir, a hub or folder, or trained."""
+    """The conditioners' tokenizers: the run's, init_from's, a hub's, or trained."""
     made = {}
     for name, section in config.conditioners.items():
         if "tokenizer" not in section:
             continue
         stored = workdir_lib.tokenizer_path(workdir, name)
-        if stored.exists():
-            made[name] = tokenizers.load(stored)
+        taken = finetune.tokenizer_path(config, name)
+        if stored.exists() or taken is not None:
+            made[name] = tokenizers.load(stored if stored.exists() else taken)
         elif section.tokenizer.train_vocab_size:
             check_data.field(name, section.field, source)
             made[name] = tokenizers.train_wordpiece(
@@ -196,6 +200,10 @@ def run_stage(
     restored = saved.restore_newest(abstract)
     if restored is None:
         state = jax.jit(stage.create, out_shardings=shardings)(key)
+        if stage.start is not None:
+            params = jax.device_put(stage.start(state.params), shardings.params)
+            ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+            state = state.replace(params=params, ema=ema)
     else:
         state, meta = restored
         if meta["complete"]:
@@ -413,6 +421,11 @@ def train(
                 step_classifier.check_labels(config, model, source)
         frozen_lib.check(model)
         encoders = frozen_lib.load(model, workdir)
+        if finetune.is_due(config, workdir):
+            fresh = jax.eval_shape(
+                lambda: model_lib.init_diffusion(config, model, jax.random.key(0))
+            )
+            finetune.check(config, fresh)
     finished = checkpoint.Checkpoints(workdir / "autoencoder").finished()
     taken = handover.is_taken(config)
     if "autoencoder" in config.stages and not finished and not taken:
@@ -436,9 +449,11 @@ def train(
             first_stage = loaded_lib.load_first_stage(workdir, config)
             if name == "diffusion":
                 first_stage = step_diffusion.remember(
-                    model, first_stage, train_source, config.data.ops
+                    model,
+                    first_stage.replace(encoders=encoders),
+                    train_source,
+                    config.data.ops,
                 )
-                first_stage = first_stage.replace(encoders=encoders)
                 if jax.process_index() == 0:
                     workdir_lib.write_memory(workdir, first_stage.memory)
             stage = kind.make_stage(

@@ -1,6 +1,8 @@
 """Optimizers and learning-rate schedules from a config section."""
 
+import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -164,7 +166,33 @@ def make_optimizer(
     clip = optax.identity()
     if section.clip_norm:
         clip = optax.clip_by_global_norm(section.clip_norm)
-    return optax.chain(clip, adamw), schedule
+    tx = optax.chain(clip, adamw)
+    if section.get("train_only"):
+        parts = {"train": tx, "keep": optax.set_to_zero()}
+        tx = optax.multi_transform(parts, partial(_labels, section.train_only))
+    return tx, schedule
+
+
+def _labels(pattern: str, params: Any) -> Any:
+    """A tree like `params` of "train" where `pattern` is found in the path, or "keep".
+
+    Paths are as unet/mid_attn/block_0/attn2/to_k/kernel.
+    """
+    paths = jax.tree_util.tree_map_with_path(
+        lambda path, _: "/".join(str(entry.key) for entry in path), params
+    )
+    try:
+        found = jax.tree.map(lambda path: bool(re.search(pattern, path)), paths)
+    except re.error as error:
+        raise UserError(
+            f"optim.train_only: {pattern!r} is no pattern, {error}"
+        ) from error
+    if not any(jax.tree.leaves(found)):
+        raise UserError(
+            f"optim.train_only: {pattern!r} is found in no param's path; they are such"
+            f" as {jax.tree.leaves(paths)[0]}"
+        )
+    return jax.tree.map(lambda kept: "train" if kept else "keep", found)
 
 
 def describe(section: ml_collections.ConfigDict, batch_size: int) -> str:

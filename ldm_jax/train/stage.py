@@ -52,6 +52,8 @@ class Stage(NamedTuple):
     summarize: Callable[[dict[str, np.ndarray], int], dict[str, float]]
     # params -> JSON facts that the last checkpoint must carry for what comes after
     finish: Callable[[Any], dict[str, Any]]
+    # fresh params -> those to start from, on the host
+    start: Callable[[Any], Any] | None = None
 
 
 def batch_size(section: ml_collections.ConfigDict, config: ml_collections.ConfigDict):
@@ -97,6 +99,7 @@ def of_loss(
     heldout_source: sources.Source,
     ops: tuple[Any, ...],
     panels: Callable[[Any, Any], dict[str, np.ndarray]],
+    start: Callable[[Any], Any] | None = None,
 ) -> Stage:
     """A stage of one loss and one optimizer, that of `config`'s section NAME_stage.
 
@@ -135,6 +138,7 @@ def of_loss(
         panels=panels,
         summarize=scalars,
         finish=lambda params: {},
+        start=start,
     )
 
 

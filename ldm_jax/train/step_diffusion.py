@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -18,6 +17,7 @@ from ldm_jax.config import UserError, nearest
 from ldm_jax.data import pipeline, sources
 from ldm_jax.diffusion import edm, objective, schedules
 from ldm_jax.evaluate import run_report
+from ldm_jax.train import finetune
 from ldm_jax.train import stage as stage_lib
 
 NAME = "diffusion"
@@ -144,12 +144,21 @@ def encode_source(
 ) -> np.ndarray:
     """What `first_stage.encode_moments` gives of every image, float32 [n, h, w, d]."""
     encode = jax.jit(partial(first_stage_lib.encode_moments, model.autoencoder))
-    rows = []
+    return of_images(encode, first_stage.params, source, ops, batch)
+
+
+def of_images(
+    function: Any, params: Any, source: sources.Source, ops: Any, batch: int = 64
+) -> Any:
+    """`function(params, images)` of all images of a source: a tree of arrays [n, …]."""
+    parts = []
     for x in pipeline.eval_batches(
         source, batch_size=batch, ops=ops, fields=("image",)
     ):
-        rows.append(np.asarray(encode(first_stage.params, x["image"]))[x["_mask"] > 0])
-    return np.concatenate(rows)
+        keep = x["_mask"] > 0
+        out = function(params, x["image"])
+        parts.append(jax.tree.map(lambda a, keep=keep: np.asarray(a)[keep], out))
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def remember(
@@ -162,10 +171,20 @@ def remember(
     looking = {k: c for k, c in model.conditioners.items() if c.remembered is not None}
     if not looking:
         return first_stage
-    moments = encode_source(model, first_stage, source, ops)
-    z, _ = first_stage_lib.mean_and_variance(model.autoencoder, jnp.asarray(moments))
-    z = (z - first_stage.mean[None, None, None]) / first_stage.std[None, None, None]
-    memory = {name: c.remembered(z) for name, c in looking.items()}
+
+    def embed(first_stage, x):
+        def encode_image(x, keys):  # to the posterior's mode
+            del keys
+            moments = first_stage_lib.encode_moments(
+                model.autoencoder, first_stage.params, x
+            )
+            z, _ = first_stage_lib.mean_and_variance(model.autoencoder, moments)
+            return first_stage_lib.standardize(first_stage, z)
+
+        tools, of = conditioning.Tools(encode_image), first_stage.encoders.get
+        return {k: c.remembered(x, tools, of(k)) for k, c in looking.items()}
+
+    memory = of_images(jax.jit(embed), first_stage, source, ops)
     return first_stage.replace(memory=memory)
 
 
@@ -230,4 +249,5 @@ def make_stage(
         heldout_source=prepared[1],
         ops=() if section.cache_latents else ops,
         panels=panels,
+        start=partial(finetune.start, config) if config.get("init_from") else None,
     )

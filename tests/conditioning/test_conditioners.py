@@ -25,12 +25,17 @@ def encode_image(x, keys):
     return x.reshape(len(x), 4, 4, 4, 4, 3).mean(axis=(2, 4))
 
 
-def tools(n, **kwargs):
-    """With eight pictures to look up."""
+def tools(n, table=None, params=None, **kwargs):
+    """With eight pictures to look up, where a condition does."""
+    made = Tools(encode_image, jax.random.split(jax.random.key(0), n), **kwargs)
     images = pictures.to_float(jnp.asarray(_columns(8)["image"]))
-    memory = {"it": neighbours.embed(encode_image(images, None), cells=2)}
-    keys = jax.random.split(jax.random.key(0), n)
-    return Tools(encode_image, keys, memory=memory, **kwargs)
+    memory = {}
+    for name, conditioner in (table or {}).items():
+        memory[name] = jnp.zeros([8, conditioner.remembered_dim])
+        if conditioner.remembered is not None and params is not None:
+            memory[name] = conditioner.remembered(images, made, params.get(name))
+            assert memory[name].shape == (8, conditioner.remembered_dim)
+    return made._replace(memory=memory)
 
 
 def _columns(n):
@@ -60,6 +65,9 @@ TINY_DPT = dict(
     fusion=8,
     groups=4,
 )
+TINY_CLIP = dict(
+    image_size=16, patch_size=8, dim=16, depth=1, heads=2, projection_dim=8
+)
 # kind: (options, {slot: shape of one row})
 CASES = {
     "text": (
@@ -78,19 +86,8 @@ CASES = {
     "depth": ({}, {"concat": (4, 4, 1)}),
     "image_embedding": ({}, {"vector": (24,)}),
     "photo_depth": (dict(net=TINY_DPT, side=32), {"concat": (4, 4, 1)}),
-    "clip_image": (
-        dict(
-            net=dict(
-                image_size=16,
-                patch_size=8,
-                dim=16,
-                depth=1,
-                heads=2,
-                projection_dim=8,
-            )
-        ),
-        {"vector": (16,)},
-    ),
+    "clip_image": (dict(net=TINY_CLIP), {"vector": (16,)}),
+    "clip_neighbours": (dict(k=3, net=TINY_CLIP), {"context": (3, 8)}),
     "neighbours": (dict(k=2, cells=2, dim=16), {"context": (2, 16)}),
 }
 
@@ -100,7 +97,7 @@ def _made(kind, n=4):
     table = {"it": conditioner}
     columns = _columns(n)
     values = conditioner.prepare(*(columns[field] for field in conditioner.fields))
-    params = conditioners.init(table, jax.random.key(1), lambda: tools(1))
+    params = conditioners.init(table, jax.random.key(1), lambda: tools(1, table))
     return table, params, {"it": values}
 
 
@@ -111,7 +108,8 @@ def test_every_kind_is_tried():
 @pytest.mark.parametrize("kind", CASES)
 def test_a_kind_fills_its_slots_and_drops_to_its_null_row(kind):
     table, params, batch = _made(kind)
-    given = conditioners.encode(table, params, batch, tools=tools(4))
+    own_tools = tools(4, table, params)
+    given = conditioners.encode(table, params, batch, tools=own_tools)
     for slot, shape in CASES[kind][1].items():
         value = getattr(given, slot)
         assert value.shape == (4, *shape)
@@ -123,11 +121,14 @@ def test_a_kind_fills_its_slots_and_drops_to_its_null_row(kind):
         params,
         batch,
         jax.random.key(2),
-        tools(4, noise_level=jnp.zeros(4, int)),
+        own_tools._replace(noise_level=jnp.zeros(4, int)),
     )
     null = {"it": np.broadcast_to(table["it"].null, batch["it"].shape)}
     expected = conditioners.encode(
-        table, params, null, tools=tools(4, noise_level=jnp.zeros(4, int))
+        table,
+        params,
+        null,
+        tools=own_tools._replace(noise_level=jnp.zeros(4, int)),
     )
     if table["it"].drop_output:
         expected = jax.tree.map(jnp.zeros_like, expected)
@@ -140,7 +141,8 @@ def test_a_kind_fills_its_slots_and_drops_to_its_null_row(kind):
 @pytest.mark.parametrize("kind", CASES)
 def test_the_other_half_of_guidance(kind):
     table, params, batch = _made(kind)
-    given = conditioners.encode(table, params, batch, tools=tools(4))
+    own_tools = tools(4, table, params)
+    given = conditioners.encode(table, params, batch, tools=own_tools)
     model = types.SimpleNamespace(conditioners=table)
     halves, scales = draw.guided_halves(model, 2.0)
     if not table["it"].guided:
@@ -148,7 +150,7 @@ def test_the_other_half_of_guidance(kind):
         return
     assert halves == (("it",),) and scales == [2.0]
     dropped = {"it": jnp.ones(4, bool)}
-    other = conditioners.encode(table, params, batch, tools=tools(4), dropped=dropped)
+    other = conditioners.encode(table, params, batch, tools=own_tools, dropped=dropped)
     for slot in CASES[kind][1]:
         assert not np.array_equal(getattr(given, slot), getattr(other, slot))
 
@@ -172,18 +174,28 @@ def test_text_may_go_through_t5_or_be_one_pooled_vector():
         kinds.KINDS["text"](SETTING, length=8, net=net)
 
 
-def test_neighbours_are_the_nearest_but_in_training_not_oneself():
-    conditioner = neighbours.neighbours(SETTING, k=3, cells=2)
-    images, given = _columns(8)["image"], tools(8)
+@pytest.mark.parametrize("kind", ["neighbours", "clip_neighbours"])
+def test_neighbours_are_the_nearest_but_in_training_not_oneself(kind):
+    options = CASES[kind][0] | dict(k=3, dropout=0.0)
+    options.pop("dim", None)
+    table = {"it": kinds.KINDS[kind](SETTING, **options)}
+    params = conditioners.init(table, jax.random.key(1), lambda: tools(1, table))
+    given = tools(8, table, params)
     memory = np.asarray(given.memory["it"])
     near = np.argsort(-memory @ memory.T, axis=1)
     assert near[:, 0].tolist() == list(range(8))
-    for training, first in ((False, 0), (True, 1)):
-        tokens = conditioner.before(images, given._replace(training=training))
-        expected = memory[near[:, first : first + 3]] * 12**0.5
+    scale = 12**0.5 if kind == "neighbours" else 1.0  # unit variance, or unit length
+    batch = {"it": _columns(8)["image"]}
+    for key, first in ((None, 0), (jax.random.key(0), 1)):
+        tokens = conditioners.encode(table, params, batch, key, given).context
+        expected = memory[near[:, first : first + 3]] * scale
         np.testing.assert_allclose(tokens, expected, atol=1e-5)
+    many = kinds.KINDS[kind](SETTING, **options | dict(k=8))
     with pytest.raises(UserError, match="it.k: 8, but there are 8 training pictures"):
-        neighbours.neighbours(SETTING, k=8, cells=2).before(images, given)
+        many.before(batch["it"], given)
+
+
+def test_neighbours_by_the_first_stage_want_whole_cells():
     with pytest.raises(UserError, match="cells: 3 does not divide the latent's 4x4"):
         neighbours.neighbours(SETTING, cells=3)
 

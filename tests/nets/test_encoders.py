@@ -137,6 +137,26 @@ def test_openclip_s_picture_tower_is_the_same_net():
     actual = towers.params_of(net, renamed)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
+    # SD-unCLIP's checkpoint has it among other things, with statistics of embeddings.
+    whole = {f"embedder.model.{k}": v for k, v in renamed.items()}
+    whole |= {"model.diffusion_model.out.weight": np.zeros(3, np.float32)}
+    mean, std = (np.arange(12.0)[None] + i for i in (-5, 1))
+    statistics = dict(zip(towers.STATISTICS, (mean, std), strict=True))
+    vector = clip_vision.ImageVector(net)
+    params = towers.params_of(vector, whole | statistics)
+    jax.tree.map(np.testing.assert_array_equal, params["tower"], expected)
+    np.testing.assert_array_equal(params["mean"], mean[0])
+    np.testing.assert_array_equal(params["std"], std[0])
+    without = towers.params_of(vector, whole)
+    assert not without["mean"].any() and np.all(without["std"] == 1)
+    inputs = [jax.ShapeDtypeStruct(s, np.float32) for s in ((2, 16, 16, 3), (2, 1))]
+    inputs += [jax.ShapeDtypeStruct((2, 12), np.float32)] * 2
+    shapes = jax.eval_shape(vector.init, jax.random.key(0), tuple(inputs))["params"]
+    assert jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, params)
+    for wrong in (mean[:, :3], std - 1):
+        with pytest.raises(ValueError, match="are not 12 numbers each"):
+            towers.params_of(vector, whole | {towers.STATISTICS[1]: wrong})
+
 
 def _text(**options):
     config = transformers.CLIPTextConfig(
@@ -199,13 +219,8 @@ def test_noised_embeddings_are_the_reference_s():
     level = jnp.asarray(io["noise_level"], jnp.int32)
     e = jnp.asarray(io["embedding"])
     signal, sigma = denoiser.levels(schedule, level, e)
-    out = clip_vision.noised_embedding(
-        e,
-        signal,
-        sigma * io["noise"],
-        tuple(io["data_mean"].tolist()),
-        tuple(io["data_std"].tolist()),
-    )
+    mean, std = (jnp.asarray(io[name]) for name in ("data_mean", "data_std"))
+    out = clip_vision.noised_embedding(e, signal, sigma * io["noise"], mean, std)
     np.testing.assert_allclose(out, io["out"], atol=ATOL)
     sinusoids = layers.timestep_embedding(level, 16)
     adm = jnp.concatenate([out, sinusoids], axis=-1)

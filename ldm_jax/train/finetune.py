@@ -1,0 +1,142 @@
+"""Finetuning: stage two starts from what another run has trained.
+
+`--config.init_from=runs/openmoji` takes that run's averaged params, its tokenizers and,
+unless `autoencoder_from` names another, its first stage. Conditions that it does not
+have begin untrained, and the UNet's new input channels at zero, so that at first it
+draws as it did: a text-to-image model becomes one of inpainting or depth.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import ml_collections
+import numpy as np
+
+from ldm_jax import model as model_lib
+from ldm_jax import workdir as workdir_lib
+from ldm_jax.config import UserError
+from ldm_jax.train import checkpoint, report
+
+CONV_IN = "unet/conv_in/kernel"  # [3, 3, in, out]
+SHOWN = 5  # paths of an error
+
+
+def is_due(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bool:
+    """Whether stage two is to start from another run's params, and has not yet."""
+    if not config.get("init_from"):
+        return False
+    return not checkpoint.Checkpoints(workdir / "diffusion").steps()
+
+
+def adopt_first_stage(config: ml_collections.ConfigDict) -> None:
+    """Takes that run's first stage too, unless the config names another's."""
+    if config.get("init_from") and "autoencoder" in config.stages:
+        config.autoencoder_from = config.autoencoder_from or config.init_from
+
+
+def tokenizer_path(config: ml_collections.ConfigDict, name: str) -> pathlib.Path | None:
+    """Where that run keeps the tokenizer of the condition `name`, if it does."""
+    if not config.get("init_from"):
+        return None
+    path = workdir_lib.tokenizer_path(pathlib.Path(config.init_from), name)
+    return path if path.is_dir() else None
+
+
+def check(config: ml_collections.ConfigDict, fresh: Any) -> None:
+    """Raises UserError unless that run's params fit the nets with `fresh` shapes."""
+    _, theirs = _checkpoints(config)
+    old, new = _flat(theirs), _flat(fresh)
+    there, here = ({_part(path) for path in tree} for tree in (old, new))
+    missing = [path for path in new if path not in old and _part(path) in there]
+    extra = [path for path in old if path not in new and _part(path) in here]
+    misshaped = [
+        f"{path} {old[path].shape} there, {value.shape} here"
+        for path, value in new.items()
+        if path in old
+        and old[path].shape != value.shape
+        and not _widened(path, old, new)
+    ]
+    problems = {
+        "not there": missing,
+        "of another shape": misshaped,
+        "only there": extra,
+    }
+    words = [f"{name}: {_listed(paths)}" for name, paths in problems.items() if paths]
+    if words:
+        raise UserError(
+            f"init_from: that run's nets are not these ({'; '.join(words)}); give this"
+            " config the unet and the conditioners of that one"
+        )
+
+
+def start(config: ml_collections.ConfigDict, fresh: Any) -> dict[str, Any]:
+    """`fresh` params with the averaged ones of that run in their places."""
+    saved, abstract = _checkpoints(config)
+    theirs, _ = saved.load_averaged(checkpoint.single_device(abstract))
+    old, new = _flat(theirs), _flat(fresh)
+    report.say(f"diffusion: starts from {config.init_from}{_described(old, new)}")
+    for path, value in new.items():
+        if path in old:
+            found = np.asarray(old[path])
+            if _widened(path, old, new):
+                more = value.shape[2] - found.shape[2]
+                found = np.pad(found, [(0, 0), (0, 0), (0, more), (0, 0)])
+            new[path] = found
+    return flax.traverse_util.unflatten_dict(new, sep="/")
+
+
+def _checkpoints(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
+    """Those of that run's stage two, and the shapes of its params."""
+    run = pathlib.Path(config.init_from)
+    if not workdir_lib.config_path(run).is_file():
+        raise UserError(
+            f"init_from: {run} holds no run (no config.json); give the --workdir of one"
+            " that has trained a diffusion model"
+        )
+    saved = checkpoint.Checkpoints(run / "diffusion")
+    if not saved.steps():
+        raise UserError(
+            f"init_from: {run} has no checkpoint of a diffusion model; train it first"
+        )
+    theirs = workdir_lib.read_config(run)
+    model = model_lib.build(theirs, workdir_lib.load_tokenizers(run, theirs))
+    key = jax.random.key(0)
+    return saved, jax.eval_shape(lambda: model_lib.init_diffusion(theirs, model, key))
+
+
+def _described(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """What is not taken over as it is, in words; "" if all is."""
+    there, here = ({_part(path) for path in tree} for tree in (old, new))
+    words = []
+    if here - there:
+        words.append(f"{', '.join(sorted(here - there))} untrained")
+    more = new[CONV_IN].shape[2] - old[CONV_IN].shape[2]
+    if more:
+        words.append(f"the UNet's {more} new input channels at zero")
+    if there - here:
+        words.append(f"without its {', '.join(sorted(there - here))}")
+    return f" ({'; '.join(words)})" if words else ""
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(dict(tree), sep="/")
+
+
+def _widened(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether `path` is the UNet's input and only its channels have become more."""
+    a, b = old[path].shape, new[path].shape
+    return path == CONV_IN and a[2] < b[2] and (*a[:2], a[3]) == (*b[:2], b[3])
+
+
+def _part(path: str) -> str:
+    """unet, logvar, or the condition that a param belongs to."""
+    first, _, rest = path.partition("/")
+    return f"condition {rest.partition('/')[0]}" if first == "conditioners" else first
+
+
+def _listed(paths: list[str]) -> str:
+    more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
+    return ", ".join(paths[:SHOWN]) + more

@@ -1,0 +1,157 @@
+"""Finetuning: what is taken over, what begins at zero, which params may move."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ldm_jax
+from ldm_jax import config as config_lib
+from ldm_jax import model as model_lib
+from ldm_jax.conditioning import conditioners as conditioning
+from ldm_jax.config import UserError
+from ldm_jax.train import checkpoint, finetune, loop, optim
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+DEPTH = str(runs.CONFIGS / "depth2img.py")
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A finished run of the debug preset with random params."""
+    workdir = tmp_path / "other"
+    runs.untrained(workdir, runs.debug())
+    return workdir
+
+
+def _fresh(config):
+    model = runs.build(config)
+    key = jax.random.key(7)
+    return model, model_lib.init_diffusion(config, model, key)
+
+
+def _averaged(workdir, stage, like):
+    saved = checkpoint.Checkpoints(workdir / stage)
+    shapes = checkpoint.single_device(jax.eval_shape(lambda: like))
+    return saved.load_averaged(shapes)[0]
+
+
+def test_the_same_nets_start_from_what_was_trained(other, capsys):
+    config = runs.debug(f"init_from={other}")
+    _, fresh = _fresh(config)
+    finetune.check(config, fresh)
+    started = finetune.start(config, fresh)
+    expected = _averaged(other, "diffusion", fresh)
+    jax.tree.map(np.testing.assert_array_equal, started, expected)
+    assert capsys.readouterr().out == f"diffusion: starts from {other}\n"
+
+
+def test_new_input_channels_change_nothing_at_first(other, capsys):
+    """Text to image as the start of depth to image."""
+    length = runs.debug().conditioners.text.length
+    overrides = [f"init_from={other}", f"conditioners.text.length={length}"]
+    config = config_lib.load(f"{DEPTH}:debug", overrides)
+    model, fresh = _fresh(config)
+    finetune.check(config, jax.eval_shape(lambda: fresh))
+    started = finetune.start(config, fresh)
+    assert "(the UNet's 1 new input channels at zero)" in capsys.readouterr().out
+    channels = model.latent_shape[-1]
+    kernel = started["unet"]["conv_in"]["kernel"]
+    assert (
+        np.abs(kernel[:, :, :channels]).min() > 0 and not kernel[:, :, channels:].any()
+    )
+
+    old_model, old_fresh = _fresh(runs.debug())
+    before = _averaged(other, "diffusion", old_fresh)
+    key = jax.random.key(0)
+    z = jax.random.normal(key, (2, *model.latent_shape))
+    context = jax.random.normal(key, (2, 5, config.unet.context_dim))
+    depth = jax.random.normal(key, (*z.shape[:3], 1))
+    t = jnp.array([3, 700])
+    new = model_lib.apply_unet(
+        model, started["unet"], z, t, conditioning.Conditioning(depth, context), None
+    )
+    old = model_lib.apply_unet(
+        old_model, before["unet"], z, t, conditioning.Conditioning(None, context), None
+    )
+    np.testing.assert_allclose(new, old, atol=1e-4)
+    assert np.abs(old).max() > 0.1
+
+
+def test_a_finetuned_run_moves_only_what_it_is_told_to(other, tmp_path, capsys):
+    workdir = tmp_path / "heir"
+    config = runs.debug(
+        f"init_from={other}", "diffusion_stage.optim.train_only=attn2/to_(k|v)"
+    )
+    assert loop.train(config, workdir)
+    said = capsys.readouterr().out
+    assert f"diffusion: starts from {other}" in said
+    assert f"autoencoder: taken from {other}" in said
+    heir = ldm_jax.load(workdir)
+    before = _averaged(other, "diffusion", heir.params)
+    pairs = zip(
+        jax.tree_util.tree_leaves_with_path(heir.params),
+        jax.tree.leaves(before),
+        strict=True,
+    )
+    moved = set()
+    for (path, a), b in pairs:
+        if not np.array_equal(a, b):
+            moved.add("/".join(entry.key for entry in path[-3:-1]))
+    assert moved == {"attn2/to_k", "attn2/to_v"}
+    assert config_lib.differences(heir.config, config) == ""
+
+    # It stands by itself, also where the other run is gone.
+    shutil.rmtree(other)
+    again = runs.debug(
+        f"init_from={other}", "diffusion_stage.optim.train_only=attn2/to_(k|v)"
+    )
+    assert not finetune.is_due(again, workdir)
+    assert loop.train(again, workdir)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["unet.model_channels=64"],
+            r"of another shape: .*\(.*\) there, .* and \d+ more",
+        ),
+        (["unet.num_res_blocks=2"], "not there: unet/down_0_attn_1"),
+        (["unet.transformer_depth=0"], "only there: unet/"),
+    ],
+)
+def test_other_nets_are_refused_before_anything_is_written(
+    other, tmp_path, overrides, words
+):
+    config = runs.debug(f"init_from={other}", *overrides)
+    workdir = tmp_path / "heir"
+    with pytest.raises(UserError, match=f"^init_from: .*{words}"):
+        loop.train(config, workdir)
+    assert not workdir.exists()
+
+
+def test_a_run_without_a_diffusion_model(other, tmp_path):
+    with pytest.raises(UserError, match="^init_from: .* holds no run"):
+        finetune.check(runs.debug(f"init_from={tmp_path}"), {})
+    shutil.rmtree(other / "diffusion")
+    with pytest.raises(UserError, match="^init_from: .* has no checkpoint"):
+        finetune.check(runs.debug(f"init_from={other}"), {})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("nowhere", "is found in no param's path; they are such as a/b"),
+        ("(", "no pattern"),
+    ],
+)
+def test_patterns_that_train_nothing(pattern, words):
+    section = runs.debug().diffusion_stage.optim
+    section.train_only = pattern
+    tx, _ = optim.make_optimizer(section, 10, 8)
+    with pytest.raises(UserError, match=f"optim.train_only: .*{words}"):
+        tx.init({"a": {"b": jnp.zeros(3)}})
