@@ -27,7 +27,12 @@ def _within(name: str, prefixes) -> bool:
 
 
 def _part(path: pathlib.Path) -> str:
-    """`nets` for ldm_jax/nets/unet.py, `sample` for ldm_jax/sample.py."""
+    """`nets` for ldm_jax/nets/unet.py, `sample` for ldm_jax/sample.py.
+
+    A folder's command is a part by itself: it may import what its modules may not.
+    """
+    if path.name == "__main__.py":
+        return f"{path.parent.name} command"
     return path.relative_to(REPO / "ldm_jax").parts[0].removesuffix(".py")
 
 

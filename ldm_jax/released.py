@@ -1,0 +1,221 @@
+"""A released checkpoint of CompVis or Stability as a run of this package.
+
+Such a file holds the UNet, its average, the first stage, the conditions' nets and the
+buffers of the noise schedule in one state dict; a preset of configs/ says what they
+are. What comes out is a workdir like any other: `ldm_jax.load` and `python -m
+ldm_jax.sample` draw from it, `--config.init_from` finetunes it.
+"""
+
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import numpy as np
+
+from ldm_jax import config as config_lib
+from ldm_jax import frozen as frozen_lib
+from ldm_jax import model as model_lib
+from ldm_jax import workdir as workdir_lib
+from ldm_jax.conditioning import tokenizers
+from ldm_jax.config import UserError
+from ldm_jax.convert import compvis, towers
+from ldm_jax.diffusion import schedules
+from ldm_jax.nets import autoencoder
+from ldm_jax.train import checkpoint
+
+UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
+AVERAGE = "model_ema.diffusion_model"  # then the key without its dots
+# All that such a state dict may hold besides the nets and their averages.
+BUFFERS = (
+    r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*"
+    r"|lvlb_weights|scale_factor|logvar|model_ema\..*|loss\..*|low_scale_model\..*"
+)
+NETS = (UNET, FIRST_STAGE, "cond_stage_model.", "embedder.", "noise_augmentor.")
+NETS += ("depth_model.",)
+# What latents were multiplied by, where the file does not say: by autoencoder.variant.
+SCALE_FACTORS = {"kl_f8": 0.18215, "kl_f16": 0.22765929, "x4": 0.08333}
+
+
+class Parts(NamedTuple):
+    """What a run holds, as nested params."""
+
+    first_stage: dict[str, Any]
+    diffusion: dict[str, Any]
+    encoders: dict[str, Any]  # of conditions whose nets are frozen
+    scale_factor: float
+
+
+def read(
+    state_dict: Mapping[str, np.ndarray],
+    config: ml_collections.ConfigDict,
+    model: model_lib.LatentDiffusion,
+    *,
+    averaged: bool = True,
+    scale_factor: float | None = None,
+) -> Parts:
+    """The params of `model` from a whole checkpoint's state dict.
+
+    `averaged` takes the UNet's moving average where the file has one. Raises UserError
+    where the file is of another model, or has more in it than is known.
+    """
+    unknown = [
+        key
+        for key in state_dict
+        if not key.startswith(NETS) and not re.fullmatch(BUFFERS, key)
+    ]
+    if unknown:
+        raise UserError(
+            f"SRC: {len(unknown)} arrays of no known part, such as {unknown[0]!r}; give"
+            " a checkpoint of CompVis or Stability"
+        )
+    _check_schedule(state_dict, model.schedule)
+    diffusion = {
+        "unet": _part(
+            "the UNet",
+            compvis.unet_params,
+            _unet(state_dict, averaged),
+            model.unet,
+        ),
+        "conditioners": {},
+    }
+    encoders = {}
+    for name, conditioner in model.conditioners.items():
+        if conditioner.has_params:
+            params = _part(
+                f"conditioners.{name}", _condition, conditioner.net, state_dict
+            )
+            of = diffusion["conditioners"] if conditioner.trainable else encoders
+            of[name] = params
+    if config.diffusion_stage.loss.get("learn_logvar"):
+        diffusion["logvar"] = np.asarray(state_dict["logvar"], np.float32)
+    _check_shapes(config, model, diffusion)
+    first_stage = {}
+    if not isinstance(model.autoencoder, autoencoder.Identity):
+        first_stage["autoencoder"] = _part(
+            "the autoencoder",
+            compvis.autoencoder_params,
+            _under(state_dict, FIRST_STAGE),
+            model.autoencoder,
+        )
+    if scale_factor is None:
+        variant = config.autoencoder.get("variant")
+        scale_factor = SCALE_FACTORS.get(variant, 1.0)
+        scale_factor = float(state_dict.get("scale_factor", scale_factor))
+    return Parts(first_stage, diffusion, encoders, scale_factor)
+
+
+def _check_shapes(
+    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion, params: Any
+) -> None:
+    """Raises UserError unless the nets, put together, take these params."""
+    shapes = jax.eval_shape(
+        lambda: model_lib.init_diffusion(config, model, jax.random.key(0))
+    )
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, shapes):
+        raise UserError(
+            "SRC: the nets are not those of --config; choose another preset"
+        )
+
+
+def _unet(state_dict: Mapping[str, np.ndarray], averaged: bool) -> dict[str, Any]:
+    own = _under(state_dict, UNET)
+    if not averaged or not any(key.startswith(AVERAGE) for key in state_dict):
+        return own
+    averages = {key: AVERAGE + key.replace(".", "") for key in own}
+    missing = [key for key in averages.values() if key not in state_dict]
+    if missing:
+        raise UserError(
+            f"SRC: the UNet's average lacks {len(missing)} arrays, such as"
+            f" {missing[0]!r}; take the raw weights with --raw_weights"
+        )
+    return {key: state_dict[average] for key, average in averages.items()}
+
+
+def _condition(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    prefixes = ("cond_stage_model.", "embedder.", "noise_augmentor.", "depth_model.")
+    own = {k: v for k, v in state_dict.items() if k.startswith(prefixes)}
+    return towers.params_of(net, own)
+
+
+def _under(state_dict: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
+    found = {
+        key.removeprefix(prefix): value
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
+    if not found:
+        raise UserError(
+            f"SRC: nothing in it begins with {prefix!r}; give a whole checkpoint of"
+            " CompVis or Stability"
+        )
+    return found
+
+
+def _part(name: str, convert: Any, *args: Any) -> dict[str, Any]:
+    try:
+        return convert(*args)
+    except ValueError as error:
+        words = str(error).splitlines()[0]
+        raise UserError(
+            f"SRC: {name} is not that of --config ({words:.300}); choose another preset"
+        ) from error
+
+
+def _check_schedule(state_dict: Mapping[str, np.ndarray], schedule: Any) -> None:
+    theirs = state_dict.get("alphas_cumprod")
+    if theirs is None or not isinstance(schedule, schedules.Schedule):
+        return
+    ours = schedule.alphas_cumprod
+    if len(theirs) != len(ours) or not np.allclose(theirs, ours, atol=1e-5):
+        raise UserError(
+            f"diffusion: alphas_cumprod has {len(ours)} values from {ours[0]:.5f} to"
+            f" {ours[-1]:.5f}, that of SRC {len(theirs)} from {theirs[0]:.5f} to"
+            f" {theirs[-1]:.5f}; set linear_start, linear_end and timesteps to its own"
+        )
+
+
+def load_tokenizers(config: ml_collections.ConfigDict) -> dict[str, Any]:
+    """Those that the config names; none can be trained without captions."""
+    made = {}
+    for name, section in config.conditioners.items():
+        if "tokenizer" not in section:
+            continue
+        if section.tokenizer.train_vocab_size:
+            raise UserError(
+                f"conditioners.{name}.tokenizer.train_vocab_size:"
+                f" {section.tokenizer.train_vocab_size}; a released model has its own"
+                " tokenizer, so set it to None and .name to that"
+            )
+        made[name] = tokenizers.load(section.tokenizer.name)
+    return made
+
+
+def write(
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    model: model_lib.LatentDiffusion,
+    tokenizer_of: Mapping[str, Any],
+    parts: Parts,
+) -> None:
+    """Writes a finished run, whole or not at all; `workdir` must not be there."""
+    partial = workdir.with_name(f".{workdir.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, tokenizer in tokenizer_of.items():
+        tokenizer.save_pretrained(workdir_lib.tokenizer_path(partial, name))
+    frozen_lib.write(partial, parts.encoders)
+    c = model.latent_shape[-1]
+    latent = {"mean": [0.0] * c, "std": [1 / parts.scale_factor] * c}
+    for name, params, facts in (
+        ("autoencoder", parts.first_stage, {"latent": latent}),
+        ("diffusion", parts.diffusion, {}),
+    ):
+        if params:
+            steps = config[f"{name}_stage"].steps
+            checkpoint.save_params(partial / name, params, steps, **facts)
+    path = workdir_lib.config_path(partial)
+    workdir_lib.write_text(path, config_lib.to_json(config))
+    partial.rename(workdir)

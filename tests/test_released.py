@@ -1,0 +1,160 @@
+"""Whole checkpoints of CompVis as runs: every part, its average, what does not fit."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+import ldm_jax
+from ldm_jax import config as config_lib
+from ldm_jax.convert import __main__ as convert_main
+from ldm_jax.convert import compvis
+from ldm_jax.train import checkpoint, finetune
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+DEBUG = f"{runs.TXT2IMG}:debug"
+
+
+def _under(prefix, rules, params):
+    """What a rule reads, written: params under torch's names."""
+    written = {}
+    for rule in rules:
+        leaf = params
+        for word in rule.path.split("/"):
+            leaf = leaf[word]
+        written[prefix + rule.key] = rule.layout.to_torch(np.asarray(leaf))
+    return written
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with random params, the same as a released file, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("released")
+    config = runs.debug()
+    runs.untrained(folder / "run", config)
+    loaded = ldm_jax.load(folder / "run")
+    model, params = loaded.model, loaded.params
+    text = model.conditioners["text"].net
+    shapes = compvis.abstract_params(model.unet, **model.unet.abstract_inputs())
+    x = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
+    state_dict = {
+        "alphas_cumprod": np.float32(model.schedule.alphas_cumprod),
+        "betas": np.zeros(1000, np.float32),
+        "model_ema.decay": np.float32(0.9999),
+    }
+    average = _under("", compvis.unet_rules(model.unet, shapes), params["unet"])
+    for key, value in average.items():
+        state_dict[f"model.diffusion_model.{key}"] = value + 1
+        state_dict["model_ema.diffusion_model" + key.replace(".", "")] = value
+    shapes = compvis.abstract_params(model.autoencoder, x)
+    state_dict |= _under(
+        "first_stage_model.",
+        compvis.autoencoder_rules(shapes),
+        loaded.first_stage.params,
+    )
+    shapes = compvis.abstract_params(text, jax.ShapeDtypeStruct((1, 1), np.int32))
+    state_dict |= _under(
+        "cond_stage_model.",
+        compvis.text_transformer_rules(shapes),
+        params["conditioners"]["text"],
+    )
+    state_dict = {k: np.ascontiguousarray(v) for k, v in state_dict.items()}
+    return loaded, state_dict, str(folder / "run" / "tokenizers" / "text")
+
+
+def _convert(tmp_path, made, *flags, **changes):
+    _, state_dict, tokenizer = made
+    state_dict = {
+        k: np.asarray(v) for k, v in (state_dict | changes).items() if v is not None
+    }
+    source = tmp_path / "released.safetensors"
+    safetensors_numpy.save_file(state_dict, source)
+    convert_main.main(
+        [
+            str(source),
+            str(tmp_path / "run"),
+            f"--config={DEBUG}",
+            "--config.conditioners.text.tokenizer.train_vocab_size=None",
+            f"--config.conditioners.text.tokenizer.name={tokenizer}",
+            *flags,
+        ]
+    )
+    return ldm_jax.load(tmp_path / "run")
+
+
+def test_a_released_file_is_the_run_that_it_was_made_of(tmp_path, made, capsys):
+    loaded = made[0]
+    again = _convert(tmp_path, made, "--scale_factor=0.5")
+    assert "released.safetensors as debug in" in capsys.readouterr().out
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+    same = again.first_stage.params, loaded.first_stage.params
+    jax.tree.map(np.testing.assert_array_equal, *same)
+    assert np.all(np.asarray(again.first_stage.std) == 2.0)
+    assert not np.asarray(again.first_stage.mean).any()
+    first_stage = loaded.first_stage.replace(
+        mean=again.first_stage.mean, std=again.first_stage.std
+    )
+    expected = dataclasses.replace(loaded, first_stage=first_stage)
+    pictures = (m.sample("a red circle", steps=2) for m in (again, expected))
+    np.testing.assert_array_equal(*pictures)
+
+    # And it can be finetuned.
+    config = config_lib.load(DEBUG, [f"init_from={tmp_path / 'run'}"])
+    fresh = jax.eval_shape(lambda: again.params)
+    finetune.check(config, fresh)
+    started = finetune.start(config, fresh)
+    jax.tree.map(np.testing.assert_array_equal, started, again.params)
+    assert checkpoint.Checkpoints(tmp_path / "run" / "autoencoder").finished()
+
+
+def test_raw_weights_and_a_scale_of_the_file_s_own(tmp_path, made):
+    loaded = made[0]
+    again = _convert(tmp_path, made, "--raw_weights", scale_factor=np.float32(0.25))
+    assert np.all(np.asarray(again.first_stage.std) == 4.0)
+    difference = jax.tree.map(
+        lambda a, b: float(np.abs(a - b - 1).max()),
+        again.params["unet"],
+        loaded.params["unet"],
+    )
+    assert max(jax.tree.leaves(difference)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "words"),
+    [
+        ((), {"unet.weight": np.zeros(3)}, "1 arrays of no known part, such as 'unet"),
+        ((), {"model.diffusion_model.out.2.bias": None}, "the UNet is not that of"),
+        (("--config.unet.model_channels=64",), {}, "the UNet is not that of --config"),
+        ((), {"model_ema.diffusion_modelout2bias": None}, "average lacks 1 arrays"),
+        ((), {"first_stage_model.quant_conv.bias": np.zeros(3)}, "the autoencoder is"),
+        ((), {"cond_stage_model.more": np.zeros(3)}, "conditioners.text is not that"),
+        (("--config.diffusion.linear_end=0.02",), {}, "diffusion: alphas_cumprod has"),
+        (("--scale_factor=0",), {}, "--scale_factor: 0.0"),
+        (("--scale=0",), {}, "--scale=0: no such flag"),
+        (
+            ("--config.conditioners.text.tokenizer.train_vocab_size=99",),
+            {},
+            "tokenizer",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_a_line_and_nothing_is_written(
+    tmp_path, made, capsys, flags, changes, words
+):
+    with pytest.raises(SystemExit) as stopped:
+        _convert(tmp_path, made, *flags, **changes)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["released.safetensors"]
+
+
+def test_a_destination_that_is_there_stays(tmp_path, made, capsys):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SystemExit):
+        _convert(tmp_path, made)
+    assert "is there already; name another" in capsys.readouterr().err
+    assert not list((tmp_path / "run").iterdir())
