@@ -4,14 +4,17 @@ import dataclasses
 
 import jax
 import numpy as np
+import optax
 import pytest
 from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
 from ldm_jax import config as config_lib
+from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
 from ldm_jax.convert import compvis
 from ldm_jax.train import checkpoint, finetune
+from ldm_jax.train import state as train_state
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -101,7 +104,10 @@ def test_a_released_file_is_the_run_that_it_was_made_of(tmp_path, made, capsys):
     pictures = (m.sample("a red circle", steps=2) for m in (again, expected))
     np.testing.assert_array_equal(*pictures)
 
-    # And it can be finetuned.
+    # Not trained on as if it had an optimizer's state, but finetuned elsewhere.
+    saved = checkpoint.Checkpoints(tmp_path / "run" / "diffusion")
+    with pytest.raises(UserError, match="choose another --workdir, and finetune them"):
+        saved.restore_newest(train_state.create(again.params, optax.adam(1.0), 0.0))
     config = config_lib.load(DEBUG, [f"init_from={tmp_path / 'run'}"])
     fresh = jax.eval_shape(lambda: again.params)
     finetune.check(config, fresh)

@@ -180,6 +180,12 @@ class Checkpoints:
             try:
                 meta = self.read_meta(step)
                 prints = meta["fingerprints"]
+                if "opt_state" not in prints:  # of `save_params`
+                    raise UserError(
+                        f"--workdir: {self.folder} holds params without an optimizer's"
+                        " state; choose another --workdir, and finetune them there with"
+                        f" --config.init_from={self.folder.parent}"
+                    )
                 trees = {
                     name: self.restore_tree(step, name, tree, prints[name])
                     for name, tree in _trees(abstract).items()
