@@ -110,7 +110,9 @@ def main() -> None:
         report = json.loads((workdir / "report.json").read_text())
         lines.append(row(task, minutes, source or ("own" if same else "none"), report))
         (out / "panels").mkdir(parents=True, exist_ok=True)
-        panel = workdir / "pictures" / "samples_heldout.png"
+        # Held-out emoji are all people: of classes the others show more.
+        split = "training" if task == "class_conditional" else "heldout"
+        panel = workdir / "pictures" / f"samples_{split}.png"
         shutil.copyfile(panel, out / "panels" / f"{task}.png")
     print(f"\n{common.environment('flax')}\n")
     print("| Task | Minutes | First stage | Top-1 | Top-5 | PSNR |")

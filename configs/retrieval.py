@@ -34,7 +34,7 @@ def rdm768() -> ConfigDict:
     """The retrieval-augmented model at 768 pixels: kl-f16, 20 neighbours."""
     config = defaults.both_stages()
     config.resolution = 768
-    config.autoencoder = ConfigDict(dict(variant="kl_f16"))
+    config.autoencoder = ConfigDict(dict(variant="rdm"))
     config.conditioners.neighbours = ConfigDict(
         dict(
             kind="clip_neighbours",

@@ -37,7 +37,7 @@ BUFFERS = (
 NETS = (UNET, FIRST_STAGE, "cond_stage_model.", "embedder.", "noise_augmentor.")
 NETS += ("depth_model.",)
 # What latents were multiplied by, where the file does not say: by autoencoder.variant.
-SCALE_FACTORS = {"kl_f8": 0.18215, "kl_f16": 0.22765929, "x4": 0.08333}
+SCALE_FACTORS = {"kl_f8": 0.18215, "sd": 0.18215, "sd_x4": 0.08333, "rdm": 0.22765929}
 
 
 class Parts(NamedTuple):

@@ -10,9 +10,11 @@ from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
 from ldm_jax import config as config_lib
+from ldm_jax import released
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
 from ldm_jax.convert import compvis
+from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint, finetune
 from ldm_jax.train import state as train_state
 from tests import runs
@@ -164,3 +166,9 @@ def test_a_destination_that_is_there_stays(tmp_path, made, capsys):
         _convert(tmp_path, made)
     assert "is there already; name another" in capsys.readouterr().err
     assert not list((tmp_path / "run").iterdir())
+
+
+def test_scale_factors_are_of_autoencoders_that_there_are():
+    assert set(released.SCALE_FACTORS) <= set(autoencoder.VARIANTS)
+    config = config_lib.load(f"{runs.CONFIGS / 'upscale.py'}:x4")
+    assert released.SCALE_FACTORS[config.autoencoder.variant] == 0.08333

@@ -112,6 +112,9 @@ class TextTransformer(_TextEncoder):
         return layers.LayerNorm(self.dtype, name="norm_out")(x)
 
 
+LAYERS = ("last", "penultimate", "pooled")
+
+
 class CLIPTextTransformer(_TextEncoder):
     """Token ids [b, s] to context [b, s, dim]: CLIP's causal text tower, frozen.
 
@@ -119,15 +122,16 @@ class CLIPTextTransformer(_TextEncoder):
     the final LayerNorm is applied either way, as Stable Diffusion 2 does, unless
     `final_norm` is False, as in SGM.
 
-    With `projection_dim` it gives one vector [b, projection_dim] instead: the text's,
-    at its end token, which has the highest id, in the space that CLIP shares with
-    pictures. `normalize` gives it length 1. It comes of the last block and the
-    final LayerNorm, whatever `layer` and `final_norm` say of the context.
+    With `layer` "pooled" it gives one vector [b, dim] instead: the text's, at its end
+    token, which has the highest id. With `projection_dim` that is taken to the space
+    that CLIP shares with pictures, [b, projection_dim], and `normalize` gives it length
+    1. Either comes of the last block and the final LayerNorm, whatever `layer` and
+    `final_norm` say of the context.
     """
 
     heads: int
     activation: str = "quick_gelu"  # quick_gelu | gelu
-    layer: str = "last"  # last | penultimate
+    layer: str = "last"  # last | penultimate | pooled
     final_norm: bool = True
     projection_dim: int | None = None
     normalize: bool = False
@@ -136,13 +140,17 @@ class CLIPTextTransformer(_TextEncoder):
     @property
     def blocks(self) -> int:
         """How many of the `depth` blocks are run."""
-        skipped = self.layer == "penultimate" and self.projection_dim is None
-        return self.depth - skipped
+        return self.depth - (self.layer == "penultimate" and not self.pooled)
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it gives one vector a text."""
+        return self.layer == "pooled" or self.projection_dim is not None
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *, deterministic: bool = True) -> jax.Array:
-        if self.layer not in ("last", "penultimate"):
-            raise ValueError(f"layer {self.layer!r}; choose one of last, penultimate")
+        if self.layer not in LAYERS:
+            raise ValueError(f"layer {self.layer!r}; choose one of {', '.join(LAYERS)}")
         if self.activation not in ACTIVATIONS:
             names = ", ".join(ACTIVATIONS)
             raise ValueError(f"activation {self.activation!r}; choose one of {names}")
@@ -160,16 +168,17 @@ class CLIPTextTransformer(_TextEncoder):
                 name=f"layer_{i}",
             )
             x = block(x, causal, deterministic)
-        if self.final_norm or self.projection_dim is not None:
+        if self.final_norm or self.pooled:
             x = layers.LayerNorm(self.dtype, name="norm_out")(x)
-        if self.projection_dim is None:
+        if not self.pooled:
             return x
         end = jnp.argmax(tokens, axis=-1)
-        pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        project = layers.Dense(
-            self.projection_dim, False, dtype=self.dtype, name="text_projection"
-        )
-        out = project(pooled)
+        out = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        if self.projection_dim is not None:
+            project = layers.Dense(
+                self.projection_dim, False, dtype=self.dtype, name="text_projection"
+            )
+            out = project(out)
         if self.normalize:
             out = out / jnp.linalg.norm(out, axis=-1, keepdims=True)
         return out

@@ -185,6 +185,9 @@ def _text(**options):
 def test_pooled_text_is_that_of_transformers(options):
     ours, theirs = _text(projection_dim=20, **options)
     _agree(ours, theirs.text_embeds)
+    if not options:  # the pooler's output, before it is projected
+        ours, theirs = _text(layer="pooled")
+        _agree(ours, theirs.last_hidden_state[[0, 1, 2], [4, 11, 7]])
     ours, _ = _text(projection_dim=20, normalize=True, **options)
     expected = theirs.text_embeds / theirs.text_embeds.norm(dim=-1, keepdim=True)
     _agree(ours, expected)
