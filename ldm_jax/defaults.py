@@ -137,6 +137,13 @@ def both_stages() -> ConfigDict:
 
     config.diffusion_stage = stage()
     config.diffusion_stage.cache_latents = True  # encode the data once; no random ops
+    config.diffusion_stage.lora = ConfigDict(
+        dict(
+            rank=0,  # 0 trains the nets themselves
+            alpha=None,  # None takes the rank
+            targets=r"attn[12]/to_(q|k|v|out)/kernel",
+        )
+    )
     config.diffusion_stage.loss = ConfigDict(
         dict(
             loss_type="l2",  # l2 | l1

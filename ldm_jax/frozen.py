@@ -50,8 +50,7 @@ def load(model: model_lib.LatentDiffusion, workdir: pathlib.Path) -> dict[str, A
     for name in names(model):
         conditioner, path = model.conditioners[name], _path(workdir, name)
         if path.is_file():
-            flat = _read_safetensors(path, "--workdir")
-            params[name] = flax.traverse_util.unflatten_dict(flat, sep="/")
+            params[name] = read_params(path)
             continue
         option = f"conditioners.{name}.weights"
         if conditioner.weights is None:
@@ -67,15 +66,25 @@ def load(model: model_lib.LatentDiffusion, workdir: pathlib.Path) -> dict[str, A
 def write(workdir: pathlib.Path, params: Mapping[str, Any]) -> None:
     """Stores the run's copies, each whole or not at all."""
     for name, tree in params.items():
-        path = _path(workdir, name)
-        if path.is_file():
-            continue
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        flat = flax.traverse_util.flatten_dict(tree, sep="/")
-        flat = {k: np.ascontiguousarray(v, np.float32) for k, v in flat.items()}
-        safetensors_numpy.save_file(flat, partial)
-        os.replace(partial, path)
+        write_params(_path(workdir, name), tree)
+
+
+def write_params(path: pathlib.Path, params: Any) -> None:
+    """Stores params in float32, whole or not at all, unless they are there."""
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = {k: np.ascontiguousarray(v, np.float32) for k, v in flat.items()}
+    safetensors_numpy.save_file(flat, partial)
+    os.replace(partial, path)
+
+
+def read_params(path: pathlib.Path) -> dict[str, Any]:
+    """What `write_params` stored; UserError where it is gone or damaged."""
+    flat = _read_safetensors(path, "--workdir")
+    return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def read(source: str, option: str) -> dict[str, np.ndarray]:

@@ -19,8 +19,8 @@ from ldm_jax import draw as draw_lib
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import frozen as frozen_lib
 from ldm_jax import inputs as inputs_lib
+from ldm_jax import lora, picture
 from ldm_jax import model as model_lib
-from ldm_jax import picture
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.conditioning import kinds, pictures
@@ -305,8 +305,15 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
     abstract = jax.eval_shape(
         lambda: model_lib.init_diffusion(config, model, jax.random.key(0))
     )
-    saved = checkpoint.Checkpoints(workdir / "diffusion")
+    saved, section = checkpoint.Checkpoints(workdir / "diffusion"), None
+    if lora.is_on(config):
+        section = config.diffusion_stage.lora
+        base = frozen_lib.read_params(workdir_lib.base_path(workdir))
+        init = functools.partial(lora.init, section, abstract)
+        abstract = jax.eval_shape(init, jax.random.key(0))
     params, meta = saved.load_averaged(checkpoint.single_device(abstract))
+    if section is not None:
+        params = lora.merge(section, base, params)
     classifier = None
     if "classifier" in config.stages and (workdir / "classifier").is_dir():
         abstract = jax.eval_shape(

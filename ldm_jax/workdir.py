@@ -1,7 +1,7 @@
 """A run's folder, which *is* the run: where its config, tokenizers and stages lie.
 
 config.json  tokenizers/NAME/  memory/NAME.npy  autoencoder/STEP/  diffusion/STEP/
-logs/  pictures/
+logs/  pictures/  conditioners/NAME.safetensors  base.safetensors
 """
 
 import os
@@ -39,6 +39,11 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
             " python -m ldm_jax.train"
         )
     return config_lib.from_json(path.read_text())
+
+
+def base_path(workdir: pathlib.Path) -> pathlib.Path:
+    """Where a run that trains factors of low rank keeps what they are added to."""
+    return workdir / "base.safetensors"
 
 
 def tokenizer_path(workdir: pathlib.Path, name: str) -> pathlib.Path:

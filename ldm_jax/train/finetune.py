@@ -8,6 +8,7 @@ draws as it did: a text-to-image model becomes one of inpainting or depth.
 
 import pathlib
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax
@@ -15,6 +16,8 @@ import jax
 import ml_collections
 import numpy as np
 
+from ldm_jax import frozen as frozen_lib
+from ldm_jax import lora
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
@@ -29,6 +32,19 @@ def is_due(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bool:
     if not config.get("init_from"):
         return False
     return not checkpoint.Checkpoints(workdir / "diffusion").steps()
+
+
+def prepare(
+    config: ml_collections.ConfigDict,
+    model: model_lib.LatentDiffusion,
+    workdir: pathlib.Path,
+) -> Any:
+    """Checks that run's params; returns them where factors are to be added to them."""
+    init = partial(model_lib.init_diffusion, config, model)
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    if is_due(config, workdir):
+        check(config, shapes)
+    return load_base(config, workdir, shapes) if lora.is_on(config) else None
 
 
 def adopt_first_stage(config: ml_collections.ConfigDict) -> None:
@@ -86,6 +102,28 @@ def start(config: ml_collections.ConfigDict, fresh: Any) -> dict[str, Any]:
                 found = np.pad(found, [(0, 0), (0, 0), (0, more), (0, 0)])
             new[path] = found
     return flax.traverse_util.unflatten_dict(new, sep="/")
+
+
+def load_base(
+    config: ml_collections.ConfigDict, workdir: pathlib.Path, shapes: Any
+) -> dict[str, Any]:
+    """What LoRA's factors are added to: the run's own copy, else that run's params.
+
+    `shapes` are those of this config's nets, which must be that run's own.
+    """
+    path = workdir_lib.base_path(workdir)
+    if path.is_file():
+        return frozen_lib.read_params(path)
+    saved, theirs = _checkpoints(config)
+    left = _described(_flat(theirs), _flat(shapes))
+    if left:
+        raise UserError(
+            f"diffusion_stage.lora: starting from {config.init_from} means{left}, which"
+            " factors don't train; give this config that run's nets and conditions, or"
+            " train without lora"
+        )
+    params, _ = saved.load_averaged(checkpoint.single_device(theirs))
+    return params
 
 
 def _checkpoints(config: ml_collections.ConfigDict) -> tuple[Any, Any]:

@@ -349,7 +349,7 @@ def plan(
     key = jax.random.key(0)
     inits = {
         "autoencoder": lambda: model_lib.init_autoencoder(config, net, key)[0],
-        "diffusion": lambda: model_lib.init_diffusion(config, model, key),
+        "diffusion": lambda: step_diffusion.initializer(config, model)(key),
         "classifier": lambda: model_lib.init_classifier(model, key),
     }
     for name in config.stages:
@@ -408,7 +408,7 @@ def train(
         f" {len(heldout_source)} held out, {config.resolution} pixels"
     )
     tokenizer_of = make_tokenizers(config, workdir, train_source)
-    model, frozen = None, {}
+    model, frozen, base = None, {}, None
     if "diffusion" in config.stages:
         model = model_lib.build(config, tokenizer_of)
         for name, conditioner in model.conditioners.items():
@@ -421,11 +421,8 @@ def train(
                 step_classifier.check_labels(config, model, source)
         frozen_lib.check(model)
         encoders = frozen_lib.load(model, workdir)
-        if finetune.is_due(config, workdir):
-            fresh = jax.eval_shape(
-                lambda: model_lib.init_diffusion(config, model, jax.random.key(0))
-            )
-            finetune.check(config, fresh)
+        if config.get("init_from"):
+            base = finetune.prepare(config, model, workdir)
     finished = checkpoint.Checkpoints(workdir / "autoencoder").finished()
     taken = handover.is_taken(config)
     if "autoencoder" in config.stages and not finished and not taken:
@@ -434,6 +431,8 @@ def train(
     open_workdir(workdir, config, tokenizer_of)
     if model is not None and jax.process_index() == 0:
         frozen_lib.write(workdir, encoders)
+        if base is not None:
+            frozen_lib.write_params(workdir_lib.base_path(workdir), base)
 
     # ---- Stages -----------------------------------------------------------------
     for name in config.stages:
@@ -456,8 +455,9 @@ def train(
                 )
                 if jax.process_index() == 0:
                     workdir_lib.write_memory(workdir, first_stage.memory)
+            options = {"base": base} if name == "diffusion" else {}
             stage = kind.make_stage(
-                config, model, first_stage, train_source, heldout_source
+                config, model, first_stage, train_source, heldout_source, **options
             )
         state = run_stage(config, stage, mesh, workdir, stop, started)
         started = 0.0

@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from ldm_jax import draw, shown
+from ldm_jax import draw, lora, shown
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import model as model_lib
 from ldm_jax.conditioning import conditioners as conditioning
@@ -41,7 +41,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
 
     def loss(params, frozen, batch, key, deterministic=False):
         keys = [jax.random.fold_in(key, purpose) for purpose in range(5)]
-        first_stage = frozen["first_stage"]
+        first_stage, params = frozen["first_stage"], whole(section, params, frozen)
         if "moments" in batch:
             moments = batch["moments"]
         else:
@@ -94,8 +94,25 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
     return loss
 
 
+def initializer(config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion):
+    """`init(key)`: fresh params of the nets or, if only these are trained, factors."""
+    init = partial(model_lib.init_diffusion, config, model)
+    if not lora.is_on(config):
+        return init
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return partial(lora.init, config.diffusion_stage.lora, shapes)
+
+
+def whole(section: ml_collections.ConfigDict, params: Any, frozen: Any) -> Any:
+    """The nets' params, where only factors of low rank are trained too."""
+    if "base" not in frozen:
+        return params
+    return lora.merge(section.lora, frozen["base"], params)
+
+
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for a wrong noise process or an option of the loss."""
+    lora.check(config)
     schedule, parameterization = model_lib.build_process(config)
     settings = config.diffusion_stage.loss.to_dict()
     learned = {"learn_logvar", "logvar_init"}
@@ -205,8 +222,12 @@ def make_stage(
     first_stage: first_stage_lib.FirstStage,
     train_source: sources.Source,
     heldout_source: sources.Source,
+    base: Any = None,
 ) -> stage_lib.Stage:
-    """The stage of `config.diffusion_stage` behind a finished first stage."""
+    """The stage of `config.diffusion_stage` behind a finished first stage.
+
+    With `base` params only factors of low rank are trained, see lora.py.
+    """
     section, ops = config.diffusion_stage, config.data.ops
     prepared = []
     for source in (train_source, heldout_source):
@@ -224,7 +245,7 @@ def make_stage(
     def panels(params, frozen):
         drawn = draw.draw(
             model,
-            params,
+            whole(section, params, frozen),
             frozen["first_stage"],
             conditioning.prepare(model.conditioners, shown_fields),
             count=PANEL,
@@ -239,15 +260,21 @@ def make_stage(
             panel["condition"] = condition / 127.5 - 1.0
         return panel
 
+    frozen = {"first_stage": first_stage}
+    start = None
+    if base is not None:
+        frozen["base"] = base
+    elif config.get("init_from"):
+        start = partial(finetune.start, config)
     return stage_lib.of_loss(
         NAME,
         config,
         make_loss(model, section),
-        lambda key: model_lib.init_diffusion(config, model, key),
-        frozen={"first_stage": first_stage},
+        initializer(config, model),
+        frozen=frozen,
         train_source=prepared[0],
         heldout_source=prepared[1],
         ops=() if section.cache_latents else ops,
         panels=panels,
-        start=partial(finetune.start, config) if config.get("init_from") else None,
+        start=start,
     )

@@ -1,5 +1,6 @@
 """Finetuning: what is taken over, what begins at zero, which params may move."""
 
+import re
 import shutil
 
 import jax
@@ -9,10 +10,12 @@ import pytest
 
 import ldm_jax
 from ldm_jax import config as config_lib
+from ldm_jax import frozen, lora
 from ldm_jax import model as model_lib
+from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
-from ldm_jax.train import checkpoint, finetune, loop, optim
+from ldm_jax.train import checkpoint, finetune, loop, optim, report, step_diffusion
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -111,6 +114,87 @@ def test_a_finetuned_run_moves_only_what_it_is_told_to(other, tmp_path, capsys):
     )
     assert not finetune.is_due(again, workdir)
     assert loop.train(again, workdir)
+
+
+def test_factors_of_low_rank_are_all_that_is_trained(other, tmp_path):
+    workdir = tmp_path / "heir"
+    overrides = [f"init_from={other}", "diffusion_stage.lora.rank=2"]
+    config = runs.debug(*overrides, "diffusion_stage.lora.alpha=4")
+    assert loop.train(config, workdir)
+    shutil.rmtree(other)  # it stands by itself
+    heir = ldm_jax.load(workdir)
+    before = frozen.read_params(workdir_lib.base_path(workdir))
+    factors = step_diffusion.initializer(config, heir.model)(jax.random.key(0))
+    factors = _averaged(workdir, "diffusion", factors)
+    changed = 0
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(heir.params),
+        jax.tree.leaves(before),
+        strict=True,
+    ):
+        name = "/".join(entry.key for entry in path)
+        found = factors
+        for word in name.split("/"):
+            found = found.get(word, {})
+        assert bool(found) == bool(re.search(r"attn[12]/to_\w+/kernel", name))
+        if found:
+            change = 2.0 * found["a"] @ found["b"]
+            np.testing.assert_allclose(a, b + change, atol=1e-6)
+            assert found["b"].shape[0] == 2 and np.any(found["b"])
+            changed += 1
+        else:
+            np.testing.assert_array_equal(a, b)
+    assert changed > 8
+    assert report.count(factors) < 0.2 * report.count(before)
+    assert heir.sample("a red circle", steps=2).shape == (1, 16, 16, 3)
+    assert loop.train(runs.debug(*overrides, "diffusion_stage.lora.alpha=4"), workdir)
+
+
+def test_factors_begin_with_no_change_also_of_convolutions():
+    settings = runs.debug().diffusion_stage.lora
+    settings.update(dict(rank=3, targets="conv|to_q"))
+    base = {"conv": {"kernel": jnp.ones((3, 3, 4, 5)), "bias": jnp.ones(5)}}
+    base |= {"to_q": {"kernel": jnp.ones((4, 6))}, "to_k": {"kernel": jnp.ones((4, 6))}}
+    factors = lora.init(settings, base, jax.random.key(0))
+    assert set(factors) == {"conv", "to_q"} and set(factors["conv"]) == {"kernel"}
+    same = lora.merge(settings, base, factors)
+    jax.tree.map(np.testing.assert_array_equal, same, base)
+    factors["conv"]["kernel"]["b"] += 1.0
+    moved = lora.merge(settings, base, factors)["conv"]["kernel"]
+    expected = jnp.einsum("hwir,ro->hwio", *factors["conv"]["kernel"].values())
+    np.testing.assert_allclose(moved - 1, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["rank=2"], "lora.rank: 2, but there is nothing to adapt; set init_from"),
+        (["rank=-1"], "lora.rank: -1; choose 1 or more"),
+        (
+            ["rank=2", "targets=nowhere"],
+            "lora.targets: 'nowhere' is in no kernel's path",
+        ),
+        (["rank=2", "targets=("], "lora.targets: '\\(' is no pattern"),
+    ],
+)
+def test_factors_of_nothing(other, tmp_path, overrides, words):
+    overrides = [f"diffusion_stage.lora.{word}" for word in overrides]
+    if len(overrides) > 1:
+        overrides.append(f"init_from={other}")
+    with pytest.raises(UserError, match=f"^diffusion_stage.{words}"):
+        loop.train(runs.debug(*overrides), tmp_path / "heir")
+    assert not (tmp_path / "heir").exists()
+
+
+def test_factors_train_no_new_input_channels(other, tmp_path):
+    length = runs.debug().conditioners.text.length
+    overrides = [f"init_from={other}", f"conditioners.text.length={length}"]
+    overrides.append("diffusion_stage.lora.rank=2")
+    config = config_lib.load(f"{DEPTH}:debug", overrides)
+    with pytest.raises(
+        UserError, match="means .*1 new input channels at zero.*factors"
+    ):
+        finetune.prepare(config, runs.build(config), tmp_path / "heir")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,81 @@
+"""Low-rank adaptation: small factors are trained beside params that stay.
+
+A kernel W becomes W + (alpha / rank) a b (Hu et al. 2021, eq. 3). With a
+[…, in, rank] and b [rank, out] that holds for dense layers and convolutions alike; b
+begins at zero, so that at first nothing is changed.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from ldm_jax.config import UserError
+
+
+def is_on(config: ml_collections.ConfigDict) -> bool:
+    """Whether stage two trains such factors instead of the nets."""
+    return bool(config.diffusion_stage.get("lora", {}).get("rank"))
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+    """Raises UserError where there is nothing to adapt, or by a wrong rank."""
+    if not is_on(config):
+        return
+    rank = config.diffusion_stage.lora.rank
+    if rank < 1:
+        raise UserError(f"diffusion_stage.lora.rank: {rank}; choose 1 or more")
+    if not config.get("init_from"):
+        raise UserError(
+            f"diffusion_stage.lora.rank: {rank}, but there is nothing to adapt; set"
+            " init_from to the workdir of a run that has trained a diffusion model"
+        )
+
+
+def init(
+    settings: ml_collections.ConfigDict, shapes: Any, key: jax.Array
+) -> dict[str, Any]:
+    """Factors {path: {"a", "b"}} of every kernel whose path has `settings.targets`.
+
+    `shapes` are those of the nets' params. Raises UserError where none has.
+    """
+    flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
+    try:
+        targets = re.compile(settings.targets)
+    except re.error as error:
+        raise UserError(
+            f"diffusion_stage.lora.targets: {settings.targets!r} is no pattern, {error}"
+        ) from error
+    found = [path for path, x in flat.items() if targets.search(path) and x.ndim > 1]
+    if not found:
+        known = next(path for path in flat if path.endswith("kernel"))
+        raise UserError(
+            f"diffusion_stage.lora.targets: {settings.targets!r} is in no kernel's path,"
+            f" such as {known}"
+        )
+    factors = {}
+    for index, path in enumerate(sorted(found)):
+        *inner, out = flat[path].shape
+        a_key = jax.random.fold_in(key, index)
+        a = jax.random.normal(a_key, (*inner, settings.rank)) / settings.rank
+        factors[f"{path}/a"], factors[f"{path}/b"] = a, jnp.zeros((settings.rank, out))
+    return flax.traverse_util.unflatten_dict(factors, sep="/")
+
+
+def merge(
+    settings: ml_collections.ConfigDict,
+    base: Mapping[str, Any],
+    factors: Mapping[str, Any],
+) -> dict[str, Any]:
+    """The nets' params: `base` with the products of the factors added."""
+    params = flax.traverse_util.flatten_dict(dict(base), sep="/")
+    flat = flax.traverse_util.flatten_dict(dict(factors), sep="/")
+    scale = (settings.alpha or settings.rank) / settings.rank
+    for path in {name.rpartition("/")[0] for name in flat}:
+        change = jnp.matmul(flat[f"{path}/a"], flat[f"{path}/b"])
+        params[path] = params[path] + jnp.float32(scale) * change
+    return flax.traverse_util.unflatten_dict(params, sep="/")
