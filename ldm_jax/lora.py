@@ -54,7 +54,7 @@ def init(
     if not found:
         known = next(path for path in flat if path.endswith("kernel"))
         raise UserError(
-            f"diffusion_stage.lora.targets: {settings.targets!r} is in no kernel's path,"
+            f"diffusion_stage.lora.targets: {settings.targets!r} is in no path of one,"
             f" such as {known}"
         )
     factors = {}

@@ -172,7 +172,7 @@ def test_factors_begin_with_no_change_also_of_convolutions():
         (["rank=-1"], "lora.rank: -1; choose 1 or more"),
         (
             ["rank=2", "targets=nowhere"],
-            "lora.targets: 'nowhere' is in no kernel's path",
+            "lora.targets: 'nowhere' is in no path of one",
         ),
         (["rank=2", "targets=("], "lora.targets: '\\(' is no pattern"),
     ],
