@@ -43,7 +43,7 @@ _FUSION = {
 }
 # The transformer's last norm, and the unit that would take in a coarser map than the
 # coarsest: the checkpoint has them, nothing uses them.
-_UNUSED = r"dpt\.layernorm\..*|neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
+UNUSED = r"dpt\.layernorm\..*|neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
 
 
 def _names(block: str) -> dict[str, str]:
@@ -75,4 +75,4 @@ def dpt_params(state_dict: Mapping[str, np.ndarray], net: dpt.DPTHybrid) -> dict
     """Params of `net` from `DPTForDepthEstimation`; ValueError where one misfits."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     shapes = compvis.abstract_params(net, x)
-    return compvis.convert(state_dict, dpt_rules(shapes), shapes, _UNUSED)
+    return compvis.convert(state_dict, dpt_rules(shapes), shapes, UNUSED)
