@@ -60,6 +60,7 @@ def import_network(
     config = _plain_config(config or {})
     kind, layout, state = recognise.recognise(state_dict, config)
     state = _tidied(kind, layout, state)
+    layout = "huggingface" if layout == "midas" else layout
     net = _module(kind, layout, state, config)
     plan = _plan(net, layout, state)
     try:
@@ -75,8 +76,9 @@ def export_network(
     """The state dict of `module` with these variables; importing it gives them again.
 
     `layout` is "compvis" or "diffusers" for UNets and autoencoders, "openclip" or
-    "huggingface" for CLIP's towers, "huggingface" for a DPT, "compvis" elsewhere.
-    Arrays are float32 under bare keys. UserError where the layout can't hold it.
+    "huggingface" for CLIP's towers, "huggingface" for a DPT (MiDaS's own names are
+    read, not written), "compvis" elsewhere. Arrays are float32 under bare keys.
+    UserError where the layout can't hold the module.
     """
     variables = jax.tree.map(np.asarray, variables)
     plan = _plan(module, layout, variables["params"])
@@ -142,6 +144,8 @@ def _tidied(kind: str, layout: str, state: Mapping[str, Any]) -> dict[str, Any]:
         if kind == "unet":
             return diffusers.pack(state)
         return diffusers.modern(state)
+    if layout == "midas":
+        return depth.from_midas(state)
     if kind == "lpips":
         return {pretrained.plain_lpips_key(k): v for k, v in state.items()}
     return dict(state)

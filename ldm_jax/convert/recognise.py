@@ -8,7 +8,7 @@ from ldm_jax.config import UserError
 
 
 class Recognised(NamedTuple):
-    """`state` is under the keys of the network alone, as the rules name them."""
+    """`state` is under the keys of the network alone."""
 
     kind: str
     layout: str  # the name export_network takes
@@ -53,6 +53,7 @@ _SIGNS = (
         also="transformer.resblocks.0.",
     ),
     _Sign("depth", "huggingface", "dpt.encoder.layer.0.layernorm_before.weight"),
+    _Sign("depth", "midas", "pretrained.model.blocks.0.norm1.weight"),
     _Sign("discriminator", "compvis", "main.0.weight"),
     _Sign("lpips", "compvis", "net.slice1.0.weight"),
     _Sign("lpips", "compvis", "features.0.weight", also="lin0."),
