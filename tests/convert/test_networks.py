@@ -297,6 +297,16 @@ def test_a_round_trip_through_any_layout_is_bit_exact(name):
             assert_same(exported, given)
 
 
+def test_qkv_in_the_old_order_are_in_the_new_in_diffusers():
+    meta, weights, io = parity.load("unet_uncond")
+    net, variables = convert.import_network(weights, meta["config"])
+    theirs = convert.export_network(net, variables, "diffusers")
+    assert "mid_block.attentions.0.to_q.weight" in theirs
+    net, variables = convert.import_network(theirs, {"num_heads": 4})
+    assert net.use_new_attention_order
+    _agrees(_apply(net, variables, **_unet_inputs(io)), io["out"])
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt", ".pt"])
 def test_a_file_is_read(tmp_path, suffix):
     weights = {"embedding.weight": np.arange(6, dtype=np.float16).reshape(3, 2)}
