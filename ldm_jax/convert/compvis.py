@@ -6,7 +6,7 @@ under unprefixed torch keys (no `model.diffusion_model.` etc.).
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax
@@ -84,41 +84,90 @@ def abstract_params(net: nn.Module, *args, **kwargs) -> dict[str, tuple[int, ...
 
 def convert(
     state_dict: Mapping[str, np.ndarray],
-    rules: Iterator[Rule],
+    rules: Iterable[Rule],
     shapes: Mapping[str, tuple[int, ...]],
     ignorable: str,
 ) -> dict[str, Any]:
     """Applies rules to a state dict; returns nested float32 params.
 
-    Raises ValueError that lists every key which is missing, has another shape than the
-    net, or is left over and does not match the pattern `ignorable`.
+    Raises ValueError that lists, in three groups, the keys which are missing, have
+    another shape than the net, or are left over and do not match the pattern
+    `ignorable`; and says what the likely cause is.
     """
-    params, unused, problems = {}, set(state_dict), []
+    params, unused, missing, misshaped = {}, set(state_dict), [], []
     for rule in rules:
         if rule.key not in state_dict:
-            problems.append(f"missing {rule.key} (for {rule.path})")
+            missing.append(f"{rule.key} (for {rule.path})")
             continue
         unused.discard(rule.key)
         array = np.asarray(state_dict[rule.key], np.float32)
-        if rule.part is not None:
-            index, count = rule.part
-            array = np.split(array, count)[index]
+        value = array
         try:
-            value = rule.layout.to_flax(array)
-        except IndexError:  # too few axes for this layout
-            value = array
+            if rule.part is not None:
+                index, count = rule.part
+                value = np.split(array, count)[index]
+            value = rule.layout.to_flax(value)
+        except (IndexError, ValueError):  # too few axes, or not to be split
+            pass
         if value.shape != shapes[rule.path]:
-            problems.append(
+            misshaped.append(
                 f"{rule.key} of shape {array.shape} does not fit {rule.path} of shape"
                 f" {shapes[rule.path]}"
             )
         params[rule.path] = value
-    problems += [
-        f"unknown {key}" for key in sorted(unused) if not re.fullmatch(ignorable, key)
-    ]
-    if problems:
-        raise ValueError("state dict does not fit the net: " + "; ".join(problems))
+    unknown = [key for key in sorted(unused) if not re.fullmatch(ignorable, key)]
+    if missing or misshaped or unknown:
+        raise ValueError(_misfit(len(params), missing, misshaped, unknown))
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+_LISTED = 8  # keys of a group; hundreds would hide the cause
+
+
+def _misfit(found: int, missing: list, misshaped: list, unknown: list) -> str:
+    """One line: the three groups, and what they have most likely come of."""
+    if missing and not found:
+        cause = "another network, key layout or prefix"
+    elif misshaped:
+        cause = "other widths than the config's"
+    elif missing and unknown:
+        cause = "other options than the config's, or other names of the same"
+    elif missing:
+        cause = "a part of the network alone, or fewer blocks than the config's"
+    else:
+        cause = "more blocks than the config's, or what a trainer added"
+    groups = (("missing ", missing), ("", misshaped), ("unknown ", unknown))
+    listed = [
+        f"{word}{', '.join(group[:_LISTED])}"
+        + (f" and {len(group) - _LISTED} more" if len(group) > _LISTED else "")
+        for word, group in groups
+        if group
+    ]
+    return (
+        f"state dict does not fit the net: {'; '.join(listed)} (likely cause: {cause})"
+    )
+
+
+def revert(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, np.ndarray]:
+    """The inverse of `convert`: nested params to a state dict of float32 arrays."""
+    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    parts: dict[str, dict[int, np.ndarray]] = {}
+    for rule in rules:
+        if rule.path not in flat:
+            raise ValueError(f"the variables have no {rule.path} for {rule.key}")
+        value = np.asarray(flat[rule.path])
+        if np.issubdtype(value.dtype, np.floating) or value.dtype.kind == "V":
+            value = value.astype(np.float32)
+        index = rule.part[0] if rule.part else 0
+        parts.setdefault(rule.key, {})[index] = rule.layout.to_torch(value)
+    return {
+        key: np.ascontiguousarray(
+            group[0]
+            if len(group) == 1
+            else np.concatenate([group[i] for i in sorted(group)])
+        )
+        for key, group in parts.items()
+    }
 
 
 # --- UNet

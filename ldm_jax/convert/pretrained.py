@@ -131,6 +131,8 @@ _CONVOLUTIONS = {
     )
     for i in range(depth)
 }
+# VGG16's classifier; what pixels are normalised by, which does not change.
+BESIDE_LPIPS = r"(classifier|scaling_layer)\..*"
 _HEAD = compvis.Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
 
 
@@ -145,13 +147,14 @@ def lpips_params(
     paths = [pathlib.Path(path) for path in (vgg_path, heads_path) if path is not None]
     state_dict = {}
     for path in paths:
-        state_dict |= {_plain_key(key): value for key, value in _read(path).items()}
+        state_dict |= {
+            plain_lpips_key(key): value for key, value in _read(path).items()
+        }
     image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
     shapes = compvis.abstract_params(lpips.LPIPS(), image, image)
-    rules = [_lpips_rule(path) for path in shapes]
-    ignorable = r"(classifier|scaling_layer)\..*"
+    rules = [lpips_rule(path) for path in shapes]
     try:
-        return compvis.convert(state_dict, rules, shapes, ignorable)
+        return compvis.convert(state_dict, rules, shapes, BESIDE_LPIPS)
     except ValueError as error:
         raise UserError(
             f"{' and '.join(map(str, paths))}: not the weights of VGG16 and LPIPS"
@@ -166,13 +169,24 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     return state_dict
 
 
-def _plain_key(key: str) -> str:
+def published_lpips_key(key: str) -> str:
+    """features.0.bias -> net.slice1.0.bias, lin0.weight -> lin0.model.1.weight."""
+    convolution = re.match(r"features\.(\d+)\.", key)
+    if convolution is None:
+        return key.replace(".weight", ".model.1.weight")
+    place = int(convolution[1])
+    block = max(b for b, first in enumerate((0, 5, 10, 17, 24), 1) if place >= first)
+    return key.replace("features.", f"net.slice{block}.")
+
+
+def plain_lpips_key(key: str) -> str:
     """net.slice1.0.bias -> features.0.bias, lins.0.model.1.weight -> lin0.weight."""
     key = re.sub(r"^net\.slice\d\.", "features.", key)
     return re.sub(r"^lins?\.?(\d)(\.model\.1)?\.weight$", r"lin\1.weight", key)
 
 
-def _lpips_rule(path: str) -> compvis.Rule:
+def lpips_rule(path: str) -> compvis.Rule:
+    """The rule of a parameter of `lpips.LPIPS`, for plain keys."""
     if path.startswith("head_"):
         return compvis.Rule(path, f"lin{path[-1]}.weight", _HEAD)
     _, layer, leaf = path.split("/")

@@ -1,6 +1,6 @@
 """Any conditioning net's params from a state dict, whose layout its keys tell."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -111,6 +111,28 @@ def clip_vision_params(
     x = jax.ShapeDtypeStruct((1, net.image_size, net.image_size, 3), jnp.float32)
     shapes = compvis.abstract_params(net, x)
     if any(key.startswith("vision_model.") for key in state_dict):
+        layout = "huggingface"
+    else:
+        layout = "openclip"
+        state_dict = {
+            key.removeprefix("model."): value for key, value in state_dict.items()
+        }
+    rules = clip_vision_rules(shapes, layout)
+    return compvis.convert(state_dict, rules, shapes, BESIDE_CLIP_VISION[layout])
+
+
+# What else a whole CLIP has.
+BESIDE_CLIP_VISION = {
+    "huggingface": r"(text_model|text_projection|logit_scale).*|.*position_ids",
+    "openclip": r"(?!visual\.).*",
+}
+
+
+def clip_vision_rules(
+    shapes: Mapping[str, tuple[int, ...]], layout: str
+) -> Iterator[compvis.Rule]:
+    """Rules of a CLIP picture tower in the layout of "huggingface" or "openclip"."""
+    if layout == "huggingface":
         names = {
             "class_emb": "vision_model.embeddings.class_embedding",
             "pos_emb": "vision_model.embeddings.position_embedding.weight",
@@ -119,36 +141,29 @@ def clip_vision_params(
             "norm_out": "vision_model.post_layernorm",
             "projection": "visual_projection",
         }
-        rules = compvis.clip_rules(shapes, names, "vision_model.encoder.layers")
-        ignorable = r"(text_model|text_projection|logit_scale).*|.*position_ids"
-    else:
-        state_dict = {
-            key.removeprefix("model."): value for key, value in state_dict.items()
-        }
-        names = {
-            "class_emb": "visual.class_embedding",
-            "pos_emb": "visual.positional_embedding",
-            "patch": "visual.conv1",
-            "norm_in": "visual.ln_pre",
-            "norm_out": "visual.ln_post",
-            "projection/kernel": "visual.proj",
-        }
-        rules = compvis.openclip_rules(shapes, names, "visual.transformer.resblocks")
-        ignorable = r"(?!visual\.).*"
-    return compvis.convert(state_dict, rules, shapes, ignorable)
+        return compvis.clip_rules(shapes, names, "vision_model.encoder.layers")
+    names = {
+        "class_emb": "visual.class_embedding",
+        "pos_emb": "visual.positional_embedding",
+        "patch": "visual.conv1",
+        "norm_in": "visual.ln_pre",
+        "norm_out": "visual.ln_post",
+        "projection/kernel": "visual.proj",
+    }
+    return compvis.openclip_rules(shapes, names, "visual.transformer.resblocks")
 
 
 def _small(net, example, state_dict):
-    """Params of a net of one layer, whose 1x1 convolutions are dense layers here."""
     shapes = compvis.abstract_params(net, example)
+    return compvis.convert(state_dict, small_rules(shapes), shapes, "")
+
+
+def small_rules(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[compvis.Rule]:
+    """Rules of a net of one layer, whose 1x1 convolutions are dense layers here."""
     table = {"embed": "", "embedding": "embedding.weight"}
-
-    def rules():
-        for rule in _rules(shapes, table):
-            conv = rule.layout is compvis.LINEAR
-            yield rule._replace(layout=compvis.POINTWISE_2D) if conv else rule
-
-    return compvis.convert(state_dict, rules(), shapes, "")
+    for rule in _rules(shapes, table):
+        conv = rule.layout is compvis.LINEAR
+        yield rule._replace(layout=compvis.POINTWISE_2D) if conv else rule
 
 
 def _rules(shapes, table):

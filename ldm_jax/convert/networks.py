@@ -1,0 +1,321 @@
+"""One network at a time: a state dict of PyTorch to a module and variables, and back.
+
+The kind of network and its key layout are told by its keys (`recognise`), its options
+by shapes and the original's config (`read_unet`, `read_config`), and a table of rules
+takes its arrays there and back (`compvis`, `diffusers` and their likes).
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors import numpy as safetensors_numpy
+
+from ldm_jax.config import UserError
+from ldm_jax.convert import (
+    classifier,
+    compvis,
+    depth,
+    diffusers,
+    discriminator,
+    pretrained,
+    read_config,
+    read_unet,
+    recognise,
+    torch_archive,
+    towers,
+)
+from ldm_jax.nets import (
+    autoencoder,
+    clip_vision,
+    dpt,
+    embedders,
+    encoder_unet,
+    lpips,
+    text_encoder,
+    unet,
+)
+from ldm_jax.nets import discriminator as discriminator_net
+
+
+def import_network(
+    state_dict_or_path: Mapping[str, Any] | str | os.PathLike,
+    config: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The module and its float32 variables, from a state dict or a file of one.
+
+    Keys may be under the prefix that a checkpoint gives them. `config` has the
+    arguments of the original's constructor, or is a config.json of diffusers or
+    transformers; what it leaves out is read off keys and shapes, or is as `read_unet`
+    and `read_config` say. `module.apply(variables, …)` takes NHWC. UserError in one
+    line where the keys are of no network known here, or don't fit the config.
+    """
+    state_dict = _state_dict(state_dict_or_path)
+    config = _plain_config(config or {})
+    kind, layout, state = recognise.recognise(state_dict, config)
+    state = _tidied(kind, layout, state)
+    layout = "huggingface" if layout == "midas" else layout
+    net = _module(kind, layout, state, config)
+    plan = _plan(net, layout, state)
+    try:
+        variables = compvis.convert(state, plan.rules, plan.shapes, plan.beside)
+    except ValueError as error:
+        raise UserError(f"{type(net).__name__}, layout {layout}: {error}") from error
+    return net, variables if plan.collections else {"params": variables}
+
+
+def export_network(
+    module: nn.Module, variables: Mapping[str, Any], layout: str
+) -> dict[str, np.ndarray]:
+    """The state dict of `module` with these variables; importing it gives them again.
+
+    `layout` is "compvis" or "diffusers" for UNets and autoencoders, "openclip" or
+    "huggingface" for CLIP's towers, "huggingface" for a DPT (MiDaS's own names are
+    read, not written), "compvis" elsewhere. Arrays are float32 under bare keys.
+    UserError where the layout can't hold the module.
+    """
+    variables = jax.tree.map(np.asarray, variables)
+    plan = _plan(module, layout, variables["params"])
+    try:
+        state = compvis.revert(
+            variables if plan.collections else variables["params"], plan.rules
+        )
+    except ValueError as error:
+        raise UserError(f"{type(module).__name__}: {error}") from error
+    if layout == "diffusers":
+        return diffusers.unpack(state)
+    if isinstance(module, lpips.LPIPS):
+        return {pretrained.published_lpips_key(k): v for k, v in state.items()}
+    return state
+
+
+# --- what is given
+
+
+def _state_dict(source) -> dict[str, np.ndarray]:
+    if isinstance(source, str | os.PathLike):
+        source = _read(pathlib.Path(source).expanduser())
+    source = source.get("state_dict", source)
+    return {key: _array(value) for key, value in source.items() if _is_array(value)}
+
+
+def _read(path: pathlib.Path) -> Mapping[str, Any]:
+    if path.suffix != ".safetensors":
+        try:  # a trainer leaves more in a checkpoint than arrays
+            tree = torch_archive.load(path, "state_dict")
+        except UserError:
+            tree = torch_archive.load(path)
+        if not isinstance(tree, dict):
+            raise UserError(f"{path}: holds {type(tree).__name__}, not a state dict")
+        return tree
+    try:
+        return safetensors_numpy.load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: {error}; give a whole .safetensors file") from error
+
+
+def _is_array(value) -> bool:
+    return hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def _array(value) -> np.ndarray:
+    if hasattr(value, "detach"):  # a tensor of torch, which is not imported here
+        value = value.detach().cpu()
+        if "bfloat16" in str(value.dtype):  # numpy knows no such tensor
+            value = value.float()
+    return np.asarray(value)
+
+
+def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the `target` that the original's yaml wraps arguments in."""
+    config = config.get("params", config)
+    return dict(config)
+
+
+def _tidied(kind: str, layout: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state dict under the names that the rules have."""
+    if layout == "diffusers":
+        if kind == "unet":
+            return diffusers.pack(state)
+        return diffusers.modern(state)
+    if layout == "midas":
+        return depth.from_midas(state)
+    if kind == "lpips":
+        return {pretrained.plain_lpips_key(k): v for k, v in state.items()}
+    return dict(state)
+
+
+def _module(kind, layout, state, config) -> nn.Module:
+    shapes = {key: np.shape(value) for key, value in state.items()}
+    if kind == "lpips":
+        return lpips.LPIPS()
+    if kind in ("unet", "autoencoder"):
+        own_order = config.get("use_new_attention_order")
+        if "block_out_channels" in config or "_class_name" in config:
+            config = read_config.originals(kind, config, shapes)
+        if layout == "diffusers":
+            shapes = read_config.shapes_in_compvis(kind, shapes)
+            if kind == "unet" and own_order is None:
+                config["use_new_attention_order"] = True  # as `pack` has them
+    readers = {
+        "unet": read_unet.unet_of,
+        "classifier": read_unet.classifier_of,
+        "autoencoder": read_config.autoencoder_of,
+        "bert": read_config.bert_of,
+        "depth": read_config.dpt_of,
+        "class_embedder": read_config.class_embedder_of,
+        "rescaler": read_config.rescaler_of,
+        "discriminator": read_config.discriminator_of,
+    }
+    towers_of = {
+        "clip_text": read_config.clip_text_of,
+        "clip_vision": read_config.clip_vision_of,
+    }
+    if kind in towers_of:
+        return towers_of[kind](shapes, config, layout)
+    return readers[kind](shapes, config)
+
+
+# --- rules
+
+
+class _Plan(NamedTuple):
+    """How a module's variables lie in a state dict."""
+
+    rules: list[compvis.Rule]
+    shapes: Mapping[str, tuple[int, ...]]
+    beside: str = ""  # pattern of keys that are nothing to it
+    collections: bool = False  # whether paths start with one, else they are params
+
+
+_TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+
+
+def _picture(height: int, channels: int = 3) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, height, height, channels), jnp.float32)
+
+
+def _plan(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> _Plan:
+    """The plan of `net`; `arrays`, a state dict or params, tell a CLIP's projection."""
+    layouts = _layouts(net)
+    if layout not in layouts:
+        raise UserError(
+            f"layout: {layout!r} for a {type(net).__name__}; choose one of"
+            f" {', '.join(layouts)}"
+        )
+    match net:
+        case unet.UNet():
+            return _unet_plan(net, layout)
+        case autoencoder.Autoencoder():
+            return _autoencoder_plan(net, layout)
+        case encoder_unet.EncoderUNet():
+            shapes = compvis.abstract_params(net, **net.abstract_inputs())
+            return _Plan(list(classifier.encoder_unet_rules(net, shapes)), shapes)
+        case text_encoder.TextTransformer():
+            shapes = compvis.abstract_params(net, _TOKENS)
+            rules = compvis.text_transformer_rules(shapes)
+            return _Plan(list(rules), shapes, r"transformer\.to_logits\..*")
+        case text_encoder.CLIPTextTransformer():
+            return _clip_text_plan(net, layout, arrays)
+        case clip_vision.CLIPVisionTransformer():
+            shapes = compvis.abstract_params(net, _picture(net.image_size))
+            rules = towers.clip_vision_rules(shapes, layout)
+            return _Plan(list(rules), shapes, towers.BESIDE_CLIP_VISION[layout])
+        case dpt.DPTHybrid():
+            shapes = compvis.abstract_params(net, _picture(32))
+            return _Plan(list(depth.dpt_rules(shapes)), shapes, depth.UNUSED)
+        case discriminator_net.PatchDiscriminator():
+            shapes = discriminator.abstract_variables(net)
+            rules = discriminator.discriminator_rules(net, shapes)
+            beside = r"main\.\d+\.num_batches_tracked"
+            return _Plan(list(rules), shapes, beside, collections=True)
+        case lpips.LPIPS():
+            shapes = compvis.abstract_params(net, _picture(16), _picture(16))
+            rules = [pretrained.lpips_rule(path) for path in shapes]
+            return _Plan(rules, shapes, pretrained.BESIDE_LPIPS)
+        case embedders.ClassEmbedder():
+            ids = jax.ShapeDtypeStruct((1,), jnp.int32)
+            shapes = compvis.abstract_params(net, ids)
+        case embedders.SpatialRescaler():
+            shapes = _rescaler_shapes(net, arrays)
+    return _Plan(list(towers.small_rules(shapes)), shapes)
+
+
+def _layouts(net: nn.Module) -> tuple[str, ...]:
+    towers_of_clip = text_encoder.CLIPTextTransformer, clip_vision.CLIPVisionTransformer
+    if isinstance(net, unet.UNet | autoencoder.Autoencoder):
+        return "compvis", "diffusers"
+    if isinstance(net, towers_of_clip):
+        return "huggingface", "openclip"
+    if isinstance(net, dpt.DPTHybrid):
+        return ("huggingface",)
+    return ("compvis",)
+
+
+def _unet_plan(net: unet.UNet, layout: str) -> _Plan:
+    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    # A net that predicts codebook ids does not use its noise output.
+    beside = r"out\..*" if net.n_embed is not None else ""
+    if layout == "compvis":
+        return _Plan(list(compvis.unet_rules(net, shapes)), shapes, beside)
+    if net.n_embed is not None or net.dims != 2:
+        raise UserError(
+            "layout: diffusers has no UNet with n_embed or of other dims than 2; use"
+            " 'compvis'"
+        )
+    return _Plan(list(diffusers.unet_rules(net, shapes)), shapes, beside)
+
+
+def _autoencoder_plan(net: autoencoder.Autoencoder, layout: str) -> _Plan:
+    size = 2 ** (len(net.ch_mult) - 1)
+    shapes = compvis.abstract_params(net, _picture(size, net.in_channels))
+    if layout == "compvis":
+        # The loss and the averages are no part of it, nor a remapped codebook's list.
+        beside = r"(loss|model_ema)\..*|quantize\.used"
+        return _Plan(list(compvis.autoencoder_rules(shapes)), shapes, beside)
+    if net.use_linear_attn or net.attn_type == "linear":
+        raise UserError(
+            "layout: diffusers has no autoencoder with linear attention; use 'compvis'"
+        )
+    return _Plan(list(diffusers.autoencoder_rules(net, shapes)), shapes)
+
+
+def _clip_text_plan(net, layout, arrays: Mapping[str, Any]) -> _Plan:
+    """Of the whole tower, whatever `net` leaves out, so that nothing is lost."""
+    whole = net.clone(layer="last", final_norm=True, projection_dim=_projection(arrays))
+    shapes = compvis.abstract_params(whole, _TOKENS)
+    if layout == "huggingface":
+        beside = r"(text_model\.embeddings\.position_ids|logit_scale|vis(ion|ual)_).*"
+        return _Plan(list(compvis.clip_rules(shapes)), shapes, beside)
+    beside = r"logit_scale|logit_bias|attn_mask|visual\..*"
+    return _Plan(list(compvis.openclip_rules(shapes)), shapes, beside)
+
+
+def _projection(arrays: Mapping[str, Any]) -> int | None:
+    """Width of the projection in a state dict, or in params."""
+    if "text_projection.weight" in arrays:
+        return arrays["text_projection.weight"].shape[0]
+    if "text_projection" not in arrays:
+        return None
+    there = arrays["text_projection"]
+    there = there["kernel"] if isinstance(there, Mapping) else there
+    return there.shape[1]
+
+
+def _rescaler_shapes(net, arrays: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
+    """Of a rescaler, whose input's channels only the arrays tell."""
+    if net.out_channels is None:
+        return {}
+    channels = 1
+    if "channel_mapper.weight" in arrays:
+        channels = arrays["channel_mapper.weight"].shape[1]
+    elif "channel_mapper" in arrays:
+        channels = arrays["channel_mapper"]["kernel"].shape[0]
+    side = max(1, round(net.multiplier**-net.n_stages))
+    return compvis.abstract_params(net, _picture(side, channels))
