@@ -257,7 +257,10 @@ def run_stage(
         step_fn = step_fn.lower(state, frozen, batch).compile()
         seconds = time.monotonic() - began
         since = f"the step from {phase.first} on, " if phase.first else ""
-        report.say(f"{stage.name}: {since}compiled in {seconds:.1f} s")
+        report.say(
+            f"{stage.name}: {since}compiled in {seconds:.1f} s"
+            f"{report.step_memory(step_fn)}"
+        )
         return step_fn
 
     def phase_at(step):

@@ -38,6 +38,22 @@ def count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
+def step_memory(compiled: Any) -> str:
+    """What XLA says that a compiled step needs on each device, in words; "" if nothing.
+
+    State, batch and frozen arrays, and the most that is alive in between.
+    """
+    sizes = compiled.memory_analysis()
+    if sizes is None:
+        return ""
+    kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+    kept -= sizes.alias_size_in_bytes  # the state's old and new place are one
+    return (
+        f"; a step needs {(kept + sizes.temp_size_in_bytes) / 1e9:.2f} GB on each"
+        f" device, {kept / 1e9:.2f} of them for what it is given and gives"
+    )
+
+
 def peak_memory_gb() -> float:
     """Peak resident memory of this process."""
     unit = 1 if sys.platform == "darwin" else 1024
