@@ -11,16 +11,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
 from safetensors import numpy as safetensors_numpy
 
 from ldm_jax import model as model_lib
 from ldm_jax.config import UserError
-from ldm_jax.convert import torch_archive, towers
+from ldm_jax.convert import files, towers
 
-SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder or on the hub
 
 
@@ -83,61 +80,38 @@ def write_params(path: pathlib.Path, params: Any) -> None:
 
 def read_params(path: pathlib.Path) -> dict[str, Any]:
     """What `write_params` stored; UserError where it is gone or damaged."""
-    flat = _read_safetensors(path, "--workdir")
+    flat = files.read_safetensors(path, "--workdir")
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def read(source: str, option: str) -> dict[str, np.ndarray]:
     """The state dict of `source`, or of several with commas between as one.
 
-    UserErrors name `option`.
+    Each is a file, a folder or a hub id; UserErrors name `option`.
     """
+    whole = pathlib.Path(source).expanduser().exists()  # a name may have a comma
     arrays = {}
-    for part in source.split(","):
-        arrays |= _read(part.strip(), option)
+    for part in [source] if whole else source.split(","):
+        arrays |= files.read(_find(part.strip(), option), option)
     return arrays
 
 
-def _read(source: str, option: str) -> dict[str, np.ndarray]:
+def _find(source: str, option: str) -> pathlib.Path:
     path = pathlib.Path(source).expanduser()
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
             raise UserError(f"{option}: {source!r} has no {' or '.join(FILES)} in it")
-        path = found[0]
-    elif not path.is_file():
-        if path.suffix in SUFFIXES or source.startswith((".", "/", "~")):
-            raise UserError(f"{option}: no file or folder {source!r}")
-        path = _fetch(source, option)
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path, option)
-    # A trainer's checkpoint holds more than arrays, of which nothing is built.
-    tree = torch_archive.load(path, "state_dict" if path.suffix == ".ckpt" else None)
-    if isinstance(tree, list | tuple) and len(tree) == 2:  # Karlo's mean and std
-        tree = dict(zip(towers.STATISTICS, tree, strict=True))
-    if not isinstance(tree, Mapping):
-        raise UserError(f"{option}: {path} holds no dict of arrays; give another file")
-    return dict(tree)
+        return found[0]
+    if path.is_file():
+        return path
+    if path.suffix in files.SUFFIXES or source.startswith((".", "/", "~")):
+        raise UserError(f"{option}: no file or folder {source!r}")
+    return _fetch(source, option)
 
 
 def _path(workdir: pathlib.Path, name: str) -> pathlib.Path:
     return workdir / "conditioners" / f"{name}.safetensors"
-
-
-def _read_safetensors(path: pathlib.Path, option: str) -> dict[str, np.ndarray]:
-    try:
-        arrays = safetensors_numpy.load_file(path)
-    except (SafetensorError, OSError, AttributeError, TypeError) as error:
-        # AttributeError or TypeError: a dtype that numpy has not.
-        raise UserError(
-            f"{option}: {path} can't be read ({error!r}); give a whole file of float32"
-            " or float16"
-        ) from error
-    # To numpy bfloat16 is a dtype of somebody else, which not all of it can add up.
-    return {
-        k: v.astype(np.float32) if v.dtype == jnp.bfloat16 else v
-        for k, v in arrays.items()
-    }
 
 
 def _fetch(source: str, option: str) -> pathlib.Path:

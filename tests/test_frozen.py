@@ -103,8 +103,10 @@ def test_a_tower_is_read_from_torch_s_files(tmp_path):
     torch.save(tensors, tmp_path / "clip.bin")
     whole = {"state_dict": tensors, "trainer": argparse.Namespace(lr=1.0)}
     torch.save(whole, tmp_path / "sd.ckpt")
+    torch.save({"state_dict": tensors}, tmp_path / "wrapped.pt")
+    torch.save(tensors, tmp_path / "plain, with a comma.ckpt")
     torch.save([1, 2, 3], tmp_path / "list.pt")
-    for name in ("clip.bin", "sd.ckpt"):
+    for name in ("clip.bin", "sd.ckpt", "wrapped.pt", "plain, with a comma.ckpt"):
         model = runs.build(_config(str(tmp_path / name)))
         again = frozen.load(model, tmp_path / "none")["text"]
         jax.tree.map(np.testing.assert_array_equal, ours, again)

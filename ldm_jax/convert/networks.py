@@ -14,8 +14,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors_numpy
 
 from ldm_jax.config import UserError
 from ldm_jax.convert import (
@@ -24,11 +22,11 @@ from ldm_jax.convert import (
     depth,
     diffusers,
     discriminator,
+    files,
     pretrained,
     read_config,
     read_unet,
     recognise,
-    torch_archive,
     towers,
 )
 from ldm_jax.nets import (
@@ -100,24 +98,9 @@ def export_network(
 
 def _state_dict(source) -> dict[str, np.ndarray]:
     if isinstance(source, str | os.PathLike):
-        source = _read(pathlib.Path(source).expanduser())
+        source = files.read(pathlib.Path(source).expanduser(), "state_dict_or_path")
     source = source.get("state_dict", source)
     return {key: _array(value) for key, value in source.items() if _is_array(value)}
-
-
-def _read(path: pathlib.Path) -> Mapping[str, Any]:
-    if path.suffix != ".safetensors":
-        try:  # a trainer leaves more in a checkpoint than arrays
-            tree = torch_archive.load(path, "state_dict")
-        except UserError:
-            tree = torch_archive.load(path)
-        if not isinstance(tree, dict):
-            raise UserError(f"{path}: holds {type(tree).__name__}, not a state dict")
-        return tree
-    try:
-        return safetensors_numpy.load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: {error}; give a whole .safetensors file") from error
 
 
 def _is_array(value) -> bool:
