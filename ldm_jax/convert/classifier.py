@@ -44,13 +44,17 @@ def encoder_unet_rules(
         yield compvis.Rule(path, key, _head_layout(net.pool, path))
 
 
+def encoder_unet_plan(net: encoder_unet.EncoderUNet) -> compvis.Plan:
+    """The plan of a classifier."""
+    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    return compvis.Plan(list(encoder_unet_rules(net, shapes)), shapes)
+
+
 def encoder_unet_params(
     state_dict: Mapping[str, np.ndarray], net: encoder_unet.EncoderUNet
 ) -> dict[str, Any]:
     """Params of `net` from a classifier's state dict; ValueError where one misfits."""
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
-    rules = encoder_unet_rules(net, shapes)
-    return compvis.convert(state_dict, rules, shapes, ignorable="")
+    return compvis.convert(state_dict, encoder_unet_plan(net))
 
 
 def _head_layout(pool: str, path: str) -> compvis.Layout:

@@ -49,6 +49,14 @@ class Rule(NamedTuple):
     part: tuple[int, int] | None = None
 
 
+class Plan(NamedTuple):
+    """How a net's parameters lie in a state dict; `shapes` are `abstract_params`."""
+
+    rules: list[Rule]
+    shapes: Mapping[str, tuple[int, ...]]
+    beside: str = ""  # pattern of keys that are nothing to the net
+
+
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -82,20 +90,15 @@ def abstract_params(net: nn.Module, *args, **kwargs) -> dict[str, tuple[int, ...
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def convert(
-    state_dict: Mapping[str, np.ndarray],
-    rules: Iterable[Rule],
-    shapes: Mapping[str, tuple[int, ...]],
-    ignorable: str,
-) -> dict[str, Any]:
-    """Applies rules to a state dict; returns nested float32 params.
+def convert(state_dict: Mapping[str, np.ndarray], plan: Plan) -> dict[str, Any]:
+    """Reads a state dict by a plan; returns nested float32 params.
 
     Raises ValueError that lists, in three groups, the keys which are missing, have
-    another shape than the net, or are left over and do not match the pattern
-    `ignorable`; and says what the likely cause is.
+    another shape than the net, or are left over and not `plan.beside`; and says what
+    the likely cause is.
     """
     params, unused, missing, misshaped = {}, set(state_dict), [], []
-    for rule in rules:
+    for rule in plan.rules:
         if rule.key not in state_dict:
             missing.append(f"{rule.key} (for {rule.path})")
             continue
@@ -109,13 +112,13 @@ def convert(
             value = rule.layout.to_flax(value)
         except (IndexError, ValueError):  # too few axes, or not to be split
             pass
-        if value.shape != shapes[rule.path]:
+        if value.shape != plan.shapes[rule.path]:
             misshaped.append(
                 f"{rule.key} of shape {array.shape} does not fit {rule.path} of shape"
-                f" {shapes[rule.path]}"
+                f" {plan.shapes[rule.path]}"
             )
         params[rule.path] = value
-    unknown = [key for key in sorted(unused) if not re.fullmatch(ignorable, key)]
+    unknown = [key for key in sorted(unused) if not re.fullmatch(plan.beside, key)]
     if missing or misshaped or unknown:
         raise ValueError(_misfit(len(params), missing, misshaped, unknown))
     return flax.traverse_util.unflatten_dict(params, sep="/")
@@ -245,12 +248,17 @@ def unet_rules(net: unet.UNet, shapes: Mapping[str, tuple]) -> Iterator[Rule]:
         yield Rule(path, rename(path, names), layout)
 
 
-def unet_params(state_dict: Mapping[str, np.ndarray], net: unet.UNet) -> dict:
-    """Params of `net` from a UNet's state dict (`model.diffusion_model.` removed)."""
+def unet_plan(net: unet.UNet) -> Plan:
+    """The plan of a UNet."""
     shapes = abstract_params(net, **net.abstract_inputs())
     # A net that predicts codebook ids does not use its noise output.
-    ignorable = r"out\..*" if net.n_embed is not None else ""
-    return convert(state_dict, unet_rules(net, shapes), shapes, ignorable)
+    beside = r"out\..*" if net.n_embed is not None else ""
+    return Plan(list(unet_rules(net, shapes)), shapes, beside)
+
+
+def unet_params(state_dict: Mapping[str, np.ndarray], net: unet.UNet) -> dict:
+    """Params of `net` from a UNet's state dict (`model.diffusion_model.` removed)."""
+    return convert(state_dict, unet_plan(net))
 
 
 # --- autoencoder
@@ -284,11 +292,8 @@ def autoencoder_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
         yield Rule(path, rename(path, names), layout)
 
 
-def autoencoder_params(
-    state_dict: Mapping[str, np.ndarray],
-    net: autoencoder.AutoencoderKL | autoencoder.VQModel,
-) -> dict:
-    """Params of `net` from an autoencoder's state dict (`first_stage_model.` removed).
+def autoencoder_plan(net: autoencoder.Autoencoder) -> Plan:
+    """The plan of an autoencoder.
 
     The training loss (`loss.…`: discriminator, LPIPS, logvar) and the EMA copy that a
     checkpoint may carry are left out, and so is the list of a remapped codebook.
@@ -296,8 +301,15 @@ def autoencoder_params(
     size = 2 ** (len(net.ch_mult) - 1)
     x = jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32)
     shapes = abstract_params(net, x)
-    ignorable = r"(loss|model_ema)\..*|quantize\.used"
-    return convert(state_dict, autoencoder_rules(shapes), shapes, ignorable)
+    beside = r"(loss|model_ema)\..*|quantize\.used"
+    return Plan(list(autoencoder_rules(shapes)), shapes, beside)
+
+
+def autoencoder_params(
+    state_dict: Mapping[str, np.ndarray], net: autoencoder.Autoencoder
+) -> dict:
+    """Params of `net` from an autoencoder, `first_stage_model.` removed."""
+    return convert(state_dict, autoencoder_plan(net))
 
 
 # --- text encoders
@@ -333,13 +345,18 @@ def text_transformer_rules(shapes: Mapping[str, tuple]) -> Iterator[Rule]:
     return _text_rules(shapes, table)
 
 
+def text_transformer_plan(net: text_encoder.TextTransformer) -> Plan:
+    """The plan of LDM's text encoder; to_logits is left out."""
+    shapes = abstract_params(net, _TOKENS)
+    beside = r"transformer\.to_logits\..*"
+    return Plan(list(text_transformer_rules(shapes)), shapes, beside)
+
+
 def text_transformer_params(
     state_dict: Mapping[str, np.ndarray], net: text_encoder.TextTransformer
 ) -> dict:
-    """Params of LDM's text encoder (`cond_stage_model.` removed); drops to_logits."""
-    shapes = abstract_params(net, _TOKENS)
-    ignorable = r"transformer\.to_logits\..*"
-    return convert(state_dict, text_transformer_rules(shapes), shapes, ignorable)
+    """Params of LDM's text encoder (`cond_stage_model.` removed)."""
+    return convert(state_dict, text_transformer_plan(net))
 
 
 _CLIP_TEXT = {
@@ -375,17 +392,23 @@ def clip_rules(
     return _text_rules(shapes, table)
 
 
-def clip_params(
-    state_dict: Mapping[str, np.ndarray], net: text_encoder.CLIPTextTransformer
-) -> dict:
-    """Params of a CLIP text tower from Hugging Face's keys (`text_model.…`)."""
+def clip_plan(net: text_encoder.CLIPTextTransformer) -> Plan:
+    """The plan of a CLIP text tower in Hugging Face's layout (`text_model.…`)."""
     shapes = abstract_params(net, _TOKENS)
-    ignorable = (
+    beside = (
         r"text_model\.embeddings\.position_ids|text_projection\.weight|logit_scale"
+        r"|vis(ion|ual)_.*"
         + _unused_norm(r"text_model\.final_layer_norm", net)
         + _unused_block(r"text_model\.encoder\.layers", net)
     )
-    return convert(state_dict, clip_rules(shapes), shapes, ignorable)
+    return Plan(list(clip_rules(shapes)), shapes, beside)
+
+
+def clip_params(
+    state_dict: Mapping[str, np.ndarray], net: text_encoder.CLIPTextTransformer
+) -> dict:
+    """Params of a CLIP text tower from Hugging Face's keys."""
+    return convert(state_dict, clip_plan(net))
 
 
 _OPENCLIP_TEXT = {
@@ -427,17 +450,22 @@ def openclip_rules(
         yield rule
 
 
-def openclip_params(
-    state_dict: Mapping[str, np.ndarray], net: text_encoder.CLIPTextTransformer
-) -> dict:
-    """Params of a CLIP text tower from OpenCLIP's keys (`cond_stage_model.model.`)."""
+def openclip_plan(net: text_encoder.CLIPTextTransformer) -> Plan:
+    """The plan of a CLIP text tower in OpenCLIP's layout."""
     shapes = abstract_params(net, _TOKENS)
-    ignorable = (
-        r"text_projection|logit_scale|attn_mask|visual\..*"
+    beside = (
+        r"text_projection|logit_scale|logit_bias|attn_mask|visual\..*"
         + _unused_norm("ln_final", net)
         + _unused_block(r"transformer\.resblocks", net)
     )
-    return convert(state_dict, openclip_rules(shapes), shapes, ignorable)
+    return Plan(list(openclip_rules(shapes)), shapes, beside)
+
+
+def openclip_params(
+    state_dict: Mapping[str, np.ndarray], net: text_encoder.CLIPTextTransformer
+) -> dict:
+    """Params of a CLIP text tower from OpenCLIP's keys."""
+    return convert(state_dict, openclip_plan(net))
 
 
 def _unused_block(prefix: str, net: text_encoder.CLIPTextTransformer) -> str:

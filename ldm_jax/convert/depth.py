@@ -45,7 +45,7 @@ _FUSION = {
 }
 # The transformer's last norm, and the unit that would take in a coarser map than the
 # coarsest: the checkpoint has them, nothing uses them.
-UNUSED = r"dpt\.layernorm\..*|neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
+_UNUSED = r"dpt\.layernorm\..*|neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
 
 
 def _names(block: str) -> dict[str, str]:
@@ -73,11 +73,16 @@ def dpt_rules(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[compvis.Rule]:
         yield compvis.Rule(path, key, compvis.plain_layout(path, len(shape)))
 
 
-def dpt_params(state_dict: Mapping[str, np.ndarray], net: dpt.DPTHybrid) -> dict:
-    """Params of `net` from `DPTForDepthEstimation`; ValueError where one misfits."""
+def dpt_plan(net: dpt.DPTHybrid) -> compvis.Plan:
+    """The plan of a DPT-hybrid in the layout of Hugging Face."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     shapes = compvis.abstract_params(net, x)
-    return compvis.convert(state_dict, dpt_rules(shapes), shapes, UNUSED)
+    return compvis.Plan(list(dpt_rules(shapes)), shapes, _UNUSED)
+
+
+def dpt_params(state_dict: Mapping[str, np.ndarray], net: dpt.DPTHybrid) -> dict:
+    """Params of `net` from either's names; ValueError where one misfits."""
+    return compvis.convert(from_midas(state_dict), dpt_plan(net))
 
 
 # MiDaS's own names, which Stability's checkpoints have too, and Hugging Face's.
@@ -126,7 +131,10 @@ _MIDAS_INSIDE = {
 
 
 def from_midas(state: Mapping[str, Any]) -> dict[str, Any]:
-    """MiDaS's state dict under Hugging Face's names; ImageNet's head is left out."""
+    """MiDaS's state dict under Hugging Face's names, which stay as they are.
+
+    ImageNet's head is left out.
+    """
     found = {}
     for key, value in state.items():
         if re.match(r"pretrained\.model\.head", key):

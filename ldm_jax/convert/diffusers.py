@@ -270,7 +270,7 @@ def unet_rules(
         layout = rule.layout
         if "/qkv/" in rule.path and not net.use_new_attention_order:
             width, upward = shapes[rule.path][-1] // 3, rule.path.startswith("up")
-            layout = _by_heads(layout, net._heads(width, upward)[0])
+            layout = _by_heads(layout, net.heads_of(width, upward)[0])
         if re.search(r"to_out\.0\.weight$", names.to_diffusers(rule.key)):
             layout = compvis.LINEAR
         yield rule._replace(key=names.to_diffusers(rule.key), layout=layout)

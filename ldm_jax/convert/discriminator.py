@@ -56,12 +56,15 @@ def discriminator_rules(
             yield compvis.Rule(path, f"main.{index}.{_LEAVES[leaf]}", layout)
 
 
+def discriminator_plan(net: discriminator.PatchDiscriminator) -> compvis.Plan:
+    """The plan of a discriminator's variables; step counters are left out."""
+    shapes = abstract_variables(net)
+    beside = r"main\.\d+\.num_batches_tracked"
+    return compvis.Plan(list(discriminator_rules(net, shapes)), shapes, beside)
+
+
 def discriminator_variables(
     state_dict: Mapping[str, np.ndarray], net: discriminator.PatchDiscriminator
 ) -> dict[str, Any]:
-    """{"params", "batch_stats"} of `net` from a state dict; drops step counters."""
-    shapes = abstract_variables(net)
-    ignorable = r"main\.\d+\.num_batches_tracked"
-    return compvis.convert(
-        state_dict, discriminator_rules(net, shapes), shapes, ignorable
-    )
+    """{"params", "batch_stats"} of `net` from a state dict."""
+    return compvis.convert(state_dict, discriminator_plan(net))

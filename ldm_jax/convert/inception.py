@@ -49,6 +49,7 @@ def params(state_dict: Mapping[str, np.ndarray]) -> dict:
     The classifier's bias is left out, see the net. torchvision's own weights (1000
     classes, an auxiliary head) are another net and don't fit.
     """
-    ignorable = r"fc\.bias|.*\.num_batches_tracked"
     expected = shapes()
-    return compvis.convert(state_dict, rules(expected), expected, ignorable)
+    beside = r"fc\.bias|.*\.num_batches_tracked"
+    plan = compvis.Plan(list(rules(expected)), expected, beside)
+    return compvis.convert(state_dict, plan)

@@ -8,11 +8,10 @@ takes its arrays there and back (`compvis`, `diffusers` and their likes).
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import UserError
@@ -62,10 +61,10 @@ def import_network(
     net = _module(kind, layout, state, config)
     plan = _plan(net, layout, state)
     try:
-        variables = compvis.convert(state, plan.rules, plan.shapes, plan.beside)
+        variables = compvis.convert(state, plan)
     except ValueError as error:
         raise UserError(f"{type(net).__name__}, layout {layout}: {error}") from error
-    return net, variables if plan.collections else {"params": variables}
+    return net, variables if _has_collections(net) else {"params": variables}
 
 
 def export_network(
@@ -82,7 +81,7 @@ def export_network(
     plan = _plan(module, layout, variables["params"])
     try:
         state = compvis.revert(
-            variables if plan.collections else variables["params"], plan.rules
+            variables if _has_collections(module) else variables["params"], plan.rules
         )
     except ValueError as error:
         raise UserError(f"{type(module).__name__}: {error}") from error
@@ -168,23 +167,12 @@ def _module(kind, layout, state, config) -> nn.Module:
 # --- rules
 
 
-class _Plan(NamedTuple):
-    """How a module's variables lie in a state dict."""
-
-    rules: list[compvis.Rule]
-    shapes: Mapping[str, tuple[int, ...]]
-    beside: str = ""  # pattern of keys that are nothing to it
-    collections: bool = False  # whether paths start with one, else they are params
+def _has_collections(net: nn.Module) -> bool:
+    """Whether a plan's paths start with a collection, else they are of params."""
+    return isinstance(net, discriminator_net.PatchDiscriminator)
 
 
-_TOKENS = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-
-
-def _picture(height: int, channels: int = 3) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, height, height, channels), jnp.float32)
-
-
-def _plan(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> _Plan:
+def _plan(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> compvis.Plan:
     """The plan of `net`; `arrays`, a state dict or params, tell a CLIP's projection."""
     layouts = _layouts(net)
     if layout not in layouts:
@@ -198,36 +186,22 @@ def _plan(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> _Plan:
         case autoencoder.Autoencoder():
             return _autoencoder_plan(net, layout)
         case encoder_unet.EncoderUNet():
-            shapes = compvis.abstract_params(net, **net.abstract_inputs())
-            return _Plan(list(classifier.encoder_unet_rules(net, shapes)), shapes)
+            return classifier.encoder_unet_plan(net)
         case text_encoder.TextTransformer():
-            shapes = compvis.abstract_params(net, _TOKENS)
-            rules = compvis.text_transformer_rules(shapes)
-            return _Plan(list(rules), shapes, r"transformer\.to_logits\..*")
+            return compvis.text_transformer_plan(net)
         case text_encoder.CLIPTextTransformer():
             return _clip_text_plan(net, layout, arrays)
         case clip_vision.CLIPVisionTransformer():
-            shapes = compvis.abstract_params(net, _picture(net.image_size))
-            rules = towers.clip_vision_rules(shapes, layout)
-            return _Plan(list(rules), shapes, towers.BESIDE_CLIP_VISION[layout])
+            return towers.clip_vision_plan(net, layout)
         case dpt.DPTHybrid():
-            shapes = compvis.abstract_params(net, _picture(32))
-            return _Plan(list(depth.dpt_rules(shapes)), shapes, depth.UNUSED)
+            return depth.dpt_plan(net)
         case discriminator_net.PatchDiscriminator():
-            shapes = discriminator.abstract_variables(net)
-            rules = discriminator.discriminator_rules(net, shapes)
-            beside = r"main\.\d+\.num_batches_tracked"
-            return _Plan(list(rules), shapes, beside, collections=True)
+            return discriminator.discriminator_plan(net)
         case lpips.LPIPS():
-            shapes = compvis.abstract_params(net, _picture(16), _picture(16))
-            rules = [pretrained.lpips_rule(path) for path in shapes]
-            return _Plan(rules, shapes, pretrained.BESIDE_LPIPS)
+            return pretrained.lpips_plan()
         case embedders.ClassEmbedder():
-            ids = jax.ShapeDtypeStruct((1,), jnp.int32)
-            shapes = compvis.abstract_params(net, ids)
-        case embedders.SpatialRescaler():
-            shapes = _rescaler_shapes(net, arrays)
-    return _Plan(list(towers.small_rules(shapes)), shapes)
+            return towers.class_embedder_plan(net)
+    return towers.rescaler_plan(net, _mapped_channels(arrays))
 
 
 def _layouts(net: nn.Module) -> tuple[str, ...]:
@@ -241,43 +215,36 @@ def _layouts(net: nn.Module) -> tuple[str, ...]:
     return ("compvis",)
 
 
-def _unet_plan(net: unet.UNet, layout: str) -> _Plan:
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
-    # A net that predicts codebook ids does not use its noise output.
-    beside = r"out\..*" if net.n_embed is not None else ""
+def _unet_plan(net: unet.UNet, layout: str) -> compvis.Plan:
+    plan = compvis.unet_plan(net)
     if layout == "compvis":
-        return _Plan(list(compvis.unet_rules(net, shapes)), shapes, beside)
+        return plan
     if net.n_embed is not None or net.dims != 2:
         raise UserError(
             "layout: diffusers has no UNet with n_embed or of other dims than 2; use"
             " 'compvis'"
         )
-    return _Plan(list(diffusers.unet_rules(net, shapes)), shapes, beside)
+    return plan._replace(rules=list(diffusers.unet_rules(net, plan.shapes)))
 
 
-def _autoencoder_plan(net: autoencoder.Autoencoder, layout: str) -> _Plan:
-    size = 2 ** (len(net.ch_mult) - 1)
-    shapes = compvis.abstract_params(net, _picture(size, net.in_channels))
+def _autoencoder_plan(net: autoencoder.Autoencoder, layout: str) -> compvis.Plan:
+    plan = compvis.autoencoder_plan(net)
     if layout == "compvis":
-        # The loss and the averages are no part of it, nor a remapped codebook's list.
-        beside = r"(loss|model_ema)\..*|quantize\.used"
-        return _Plan(list(compvis.autoencoder_rules(shapes)), shapes, beside)
+        return plan
     if net.use_linear_attn or net.attn_type == "linear":
         raise UserError(
             "layout: diffusers has no autoencoder with linear attention; use 'compvis'"
         )
-    return _Plan(list(diffusers.autoencoder_rules(net, shapes)), shapes)
+    rules = diffusers.autoencoder_rules(net, plan.shapes)
+    return compvis.Plan(list(rules), plan.shapes)
 
 
-def _clip_text_plan(net, layout, arrays: Mapping[str, Any]) -> _Plan:
+def _clip_text_plan(net, layout, arrays: Mapping[str, Any]) -> compvis.Plan:
     """Of the whole tower, whatever `net` leaves out, so that nothing is lost."""
     whole = net.clone(layer="last", final_norm=True, projection_dim=_projection(arrays))
-    shapes = compvis.abstract_params(whole, _TOKENS)
     if layout == "huggingface":
-        beside = r"(text_model\.embeddings\.position_ids|logit_scale|vis(ion|ual)_).*"
-        return _Plan(list(compvis.clip_rules(shapes)), shapes, beside)
-    beside = r"logit_scale|logit_bias|attn_mask|visual\..*"
-    return _Plan(list(compvis.openclip_rules(shapes)), shapes, beside)
+        return compvis.clip_plan(whole)
+    return compvis.openclip_plan(whole)
 
 
 def _projection(arrays: Mapping[str, Any]) -> int | None:
@@ -291,14 +258,8 @@ def _projection(arrays: Mapping[str, Any]) -> int | None:
     return there.shape[1]
 
 
-def _rescaler_shapes(net, arrays: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
-    """Of a rescaler, whose input's channels only the arrays tell."""
-    if net.out_channels is None:
-        return {}
-    channels = 1
-    if "channel_mapper.weight" in arrays:
-        channels = arrays["channel_mapper.weight"].shape[1]
-    elif "channel_mapper" in arrays:
-        channels = arrays["channel_mapper"]["kernel"].shape[0]
-    side = max(1, round(net.multiplier**-net.n_stages))
-    return compvis.abstract_params(net, _picture(side, channels))
+def _mapped_channels(arrays: Mapping[str, Any]) -> int:
+    """What a rescaler takes in, by a state dict or by params."""
+    if "channel_mapper" in arrays:
+        return arrays["channel_mapper"]["kernel"].shape[0]
+    return towers.mapped_channels(arrays)

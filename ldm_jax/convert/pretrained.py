@@ -131,8 +131,6 @@ _CONVOLUTIONS = {
     )
     for i in range(depth)
 }
-# VGG16's classifier; what pixels are normalised by, which does not change.
-BESIDE_LPIPS = r"(classifier|scaling_layer)\..*"
 _HEAD = compvis.Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
 
 
@@ -150,11 +148,8 @@ def lpips_params(
         state_dict |= {
             plain_lpips_key(key): value for key, value in _read(path).items()
         }
-    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-    shapes = compvis.abstract_params(lpips.LPIPS(), image, image)
-    rules = [lpips_rule(path) for path in shapes]
     try:
-        return compvis.convert(state_dict, rules, shapes, BESIDE_LPIPS)
+        return compvis.convert(state_dict, lpips_plan())
     except ValueError as error:
         raise UserError(
             f"{' and '.join(map(str, paths))}: not the weights of VGG16 and LPIPS"
@@ -185,8 +180,16 @@ def plain_lpips_key(key: str) -> str:
     return re.sub(r"^lins?\.?(\d)(\.model\.1)?\.weight$", r"lin\1.weight", key)
 
 
-def lpips_rule(path: str) -> compvis.Rule:
-    """The rule of a parameter of `lpips.LPIPS`, for plain keys."""
+def lpips_plan() -> compvis.Plan:
+    """The plan of `lpips.LPIPS`, for plain keys."""
+    image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
+    shapes = compvis.abstract_params(lpips.LPIPS(), image, image)
+    # VGG16's classifier; what pixels are normalised by, which does not change.
+    beside = r"(classifier|scaling_layer)\..*"
+    return compvis.Plan([_lpips_rule(path) for path in shapes], shapes, beside)
+
+
+def _lpips_rule(path: str) -> compvis.Rule:
     if path.startswith("head_"):
         return compvis.Rule(path, f"lin{path[-1]}.weight", _HEAD)
     _, layer, leaf = path.split("/")

@@ -1,6 +1,6 @@
 """Any conditioning net's params from a state dict, whose layout its keys tell."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -36,16 +36,14 @@ def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str,
     if isinstance(net, clip_vision.NearestVectors):
         return {"tower": clip_vision_params(state_dict, net.tower)}
     if isinstance(net, dpt.DepthMap):
-        return {"tower": depth.dpt_params(state_dict, net.tower)}
+        own = _under(state_dict, "depth_model.model.")
+        return {"tower": depth.dpt_params(own, net.tower)}
     if isinstance(net, embedders.ClassEmbedder):
-        ids = jax.ShapeDtypeStruct([1], jnp.int32)
-        return _small(net, ids, _under(state_dict, "cond_stage_model."))
+        own = _under(state_dict, "cond_stage_model.")
+        return compvis.convert(own, class_embedder_plan(net))
     if isinstance(net, embedders.SpatialRescaler):
         own = _under(state_dict, "cond_stage_model.")
-        channels = np.shape(own.get("channel_mapper.weight", np.zeros([1, 1])))[1]
-        side = int(round(net.multiplier**-net.n_stages))
-        x = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-        return _small(net, x, own)
+        return compvis.convert(own, rescaler_plan(net, mapped_channels(own)))
     raise ValueError(f"weights of a {type(net).__name__} can't be read")
 
 
@@ -101,37 +99,28 @@ def t5_params(state_dict: Mapping[str, np.ndarray], net: t5.T5Encoder) -> dict:
         return _rules(shapes, table)
 
     ignorable = r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*"
-    return compvis.convert(state_dict, rules(), shapes, ignorable)
+    return compvis.convert(state_dict, compvis.Plan(list(rules()), shapes, ignorable))
 
 
 def clip_vision_params(
     state_dict: Mapping[str, np.ndarray], net: clip_vision.CLIPVisionTransformer
 ) -> dict:
     """Params of a CLIP picture tower from Hugging Face's or OpenCLIP's keys."""
+    if any(key.startswith("vision_model.") for key in state_dict):
+        return compvis.convert(state_dict, clip_vision_plan(net, "huggingface"))
+    own = {key.removeprefix("model."): value for key, value in state_dict.items()}
+    return compvis.convert(own, clip_vision_plan(net, "openclip"))
+
+
+def clip_vision_plan(
+    net: clip_vision.CLIPVisionTransformer, layout: str
+) -> compvis.Plan:
+    """The plan of a CLIP picture tower in the layout "huggingface" or "openclip".
+
+    What else a whole CLIP has is beside it.
+    """
     x = jax.ShapeDtypeStruct((1, net.image_size, net.image_size, 3), jnp.float32)
     shapes = compvis.abstract_params(net, x)
-    if any(key.startswith("vision_model.") for key in state_dict):
-        layout = "huggingface"
-    else:
-        layout = "openclip"
-        state_dict = {
-            key.removeprefix("model."): value for key, value in state_dict.items()
-        }
-    rules = clip_vision_rules(shapes, layout)
-    return compvis.convert(state_dict, rules, shapes, BESIDE_CLIP_VISION[layout])
-
-
-# What else a whole CLIP has.
-BESIDE_CLIP_VISION = {
-    "huggingface": r"(text_model|text_projection|logit_scale).*|.*position_ids",
-    "openclip": r"(?!visual\.).*",
-}
-
-
-def clip_vision_rules(
-    shapes: Mapping[str, tuple[int, ...]], layout: str
-) -> Iterator[compvis.Rule]:
-    """Rules of a CLIP picture tower in the layout of "huggingface" or "openclip"."""
     if layout == "huggingface":
         names = {
             "class_emb": "vision_model.embeddings.class_embedding",
@@ -141,7 +130,9 @@ def clip_vision_rules(
             "norm_out": "vision_model.post_layernorm",
             "projection": "visual_projection",
         }
-        return compvis.clip_rules(shapes, names, "vision_model.encoder.layers")
+        rules = compvis.clip_rules(shapes, names, "vision_model.encoder.layers")
+        beside = r"(text_model|text_projection|logit_scale).*|.*position_ids"
+        return compvis.Plan(list(rules), shapes, beside)
     names = {
         "class_emb": "visual.class_embedding",
         "pos_emb": "visual.positional_embedding",
@@ -150,20 +141,35 @@ def clip_vision_rules(
         "norm_out": "visual.ln_post",
         "projection/kernel": "visual.proj",
     }
-    return compvis.openclip_rules(shapes, names, "visual.transformer.resblocks")
+    rules = compvis.openclip_rules(shapes, names, "visual.transformer.resblocks")
+    return compvis.Plan(list(rules), shapes, r"(?!visual\.).*")
 
 
-def _small(net, example, state_dict):
-    shapes = compvis.abstract_params(net, example)
-    return compvis.convert(state_dict, small_rules(shapes), shapes, "")
-
-
-def small_rules(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[compvis.Rule]:
-    """Rules of a net of one layer, whose 1x1 convolutions are dense layers here."""
+def class_embedder_plan(net: embedders.ClassEmbedder) -> compvis.Plan:
+    """The plan of a class embedder."""
+    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct([1], jnp.int32))
     table = {"embed": "", "embedding": "embedding.weight"}
-    for rule in _rules(shapes, table):
-        conv = rule.layout is compvis.LINEAR
-        yield rule._replace(layout=compvis.POINTWISE_2D) if conv else rule
+    return compvis.Plan(list(_rules(shapes, table)), shapes)
+
+
+def rescaler_plan(net: embedders.SpatialRescaler, channels: int) -> compvis.Plan:
+    """The plan of a spatial rescaler of maps of so many channels."""
+    side = max(1, round(net.multiplier**-net.n_stages))
+    x = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
+    shapes = compvis.abstract_params(net, x) if net.out_channels is not None else {}
+    rules = [  # a 1x1 convolution there
+        rule._replace(layout=compvis.POINTWISE_2D)
+        if rule.layout is compvis.LINEAR
+        else rule
+        for rule in _rules(shapes, {})
+    ]
+    return compvis.Plan(rules, shapes)
+
+
+def mapped_channels(state_dict: Mapping[str, np.ndarray]) -> int:
+    """What a spatial rescaler takes in, which only its weights tell."""
+    mapper = state_dict.get("channel_mapper.weight")
+    return 1 if mapper is None else np.shape(mapper)[1]
 
 
 def _rules(shapes, table):

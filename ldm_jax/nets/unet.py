@@ -305,7 +305,7 @@ class UNet(nn.Module):
                 return h
             if blocks is not None and index >= blocks[level]:
                 return h
-        heads, dim_head = self._heads(h.shape[-1], upward=name.startswith("up"))
+        heads, dim_head = self.heads_of(h.shape[-1], upward=name.startswith("up"))
         if not self.use_spatial_transformer:
             block = attention.AttentionBlock
             if self.remat:
@@ -323,7 +323,7 @@ class UNet(nn.Module):
         )
         return block(h, context)
 
-    def _heads(self, channels: int, upward: bool) -> tuple[int, int]:
+    def heads_of(self, channels: int, upward: bool) -> tuple[int, int]:
         """Number and width of the heads, in the original's (legacy's) arithmetic."""
         if self.num_heads is None and self.num_head_channels is None:
             raise ValueError("num_heads, num_head_channels: give one of them")

@@ -6,7 +6,8 @@ import pytest
 
 from ldm_jax import convert
 from ldm_jax.config import UserError
-from ldm_jax.nets import clip_vision, encoder_unet
+from ldm_jax.convert import towers
+from ldm_jax.nets import clip_vision, dpt, encoder_unet
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -184,6 +185,8 @@ def test_a_dpt_matches_transformers_and_round_trips():
     _same(exported, {key: state[key] for key in exported})
     midas = {f"depth_model.model.{k}": v for k, v in _midas(state).items()}
     _same(variables, convert.import_network(midas, config)[1])
+    frozen = towers.params_of(dpt.DepthMap(net, (4, 4), 32), midas)
+    _same(variables["params"], frozen["tower"])
 
 
 @pytest.mark.parametrize("pool", encoder_unet.POOLS)

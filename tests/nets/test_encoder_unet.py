@@ -223,5 +223,5 @@ def test_misfits_are_told(options, message):
 
 def test_a_foreign_state_dict_is_refused():
     state_dict = _state_dict(_net(pool="spatial"))
-    with pytest.raises(ValueError, match=r"missing out\.3\.weight.*unknown out\.2"):
+    with pytest.raises(ValueError, match=r"missing .*out\.3\.weight .*unknown out\.2"):
         classifier.encoder_unet_params(state_dict, _net(pool="adaptive"))
