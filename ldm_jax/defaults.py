@@ -139,9 +139,9 @@ def both_stages() -> ConfigDict:
     config.diffusion_stage.cache_latents = True  # encode the data once; no random ops
     config.diffusion_stage.lora = ConfigDict(
         dict(
-            rank=0,  # 0 trains the nets themselves
+            rank=None,  # None trains the nets themselves
             alpha=None,  # None takes the rank
-            targets=r"attn[12]/to_(q|k|v|out)/kernel",
+            targets=None,  # pattern of kernels' paths; None takes the UNet's attention
         )
     )
     config.diffusion_stage.loss = ConfigDict(

@@ -302,18 +302,13 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
         memory=workdir_lib.load_memory(workdir, looking),
         encoders=frozen_lib.load(model, workdir),
     )
-    abstract = jax.eval_shape(
-        lambda: model_lib.init_diffusion(config, model, jax.random.key(0))
-    )
-    saved, section = checkpoint.Checkpoints(workdir / "diffusion"), None
-    if lora.is_on(config):
-        section = config.diffusion_stage.lora
-        base = frozen_lib.read_params(workdir_lib.base_path(workdir))
-        init = functools.partial(lora.init, section, abstract)
-        abstract = jax.eval_shape(init, jax.random.key(0))
+    init = functools.partial(model_lib.init_diffusion, config, model)
+    abstract = jax.eval_shape(lora.initializer(config, init), jax.random.key(0))
+    saved = checkpoint.Checkpoints(workdir / "diffusion")
     params, meta = saved.load_averaged(checkpoint.single_device(abstract))
-    if section is not None:
-        params = lora.merge(section, base, params)
+    if lora.is_on(config):
+        base = frozen_lib.read_params(workdir_lib.base_path(workdir))
+        params = lora.merge(config.diffusion_stage.lora, base, params)
     classifier = None
     if "classifier" in config.stages and (workdir / "classifier").is_dir():
         abstract = jax.eval_shape(
@@ -322,5 +317,7 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
         saved = checkpoint.Checkpoints(workdir / "classifier")
         trained, _ = saved.load_averaged(checkpoint.single_device(abstract))
         classifier = trained["classifier"]
+    # What was read by numpy would go to the device again with every call.
+    params, first_stage = jax.tree.map(jnp.asarray, (params, first_stage))
     step = meta["step"]
     return LoadedModel(config, model, params, first_stage, step, tokenizers, classifier)

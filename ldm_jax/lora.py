@@ -6,7 +6,8 @@ begins at zero, so that at first nothing is changed.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import flax
@@ -16,10 +17,12 @@ import ml_collections
 
 from ldm_jax.config import UserError
 
+TARGETS = r"attn[12]/to_(q|k|v|out)/kernel"
+
 
 def is_on(config: ml_collections.ConfigDict) -> bool:
     """Whether stage two trains such factors instead of the nets."""
-    return bool(config.diffusion_stage.get("lora", {}).get("rank"))
+    return config.diffusion_stage.get("lora", {}).get("rank") is not None
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -28,12 +31,22 @@ def check(config: ml_collections.ConfigDict) -> None:
         return
     rank = config.diffusion_stage.lora.rank
     if rank < 1:
-        raise UserError(f"diffusion_stage.lora.rank: {rank}; choose 1 or more")
+        raise UserError(f"diffusion_stage.lora.rank: {rank}; choose 1 or more, or None")
     if not config.get("init_from"):
         raise UserError(
             f"diffusion_stage.lora.rank: {rank}, but there is nothing to adapt; set"
             " init_from to the workdir of a run that has trained a diffusion model"
         )
+
+
+def initializer(
+    config: ml_collections.ConfigDict, init_nets: Callable[[jax.Array], Any]
+) -> Callable[[jax.Array], Any]:
+    """What draws the params to train: `init_nets(key)`, or factors beside them."""
+    if not is_on(config):
+        return init_nets
+    shapes = jax.eval_shape(init_nets, jax.random.key(0))
+    return partial(init, config.diffusion_stage.lora, shapes)
 
 
 def init(
@@ -44,17 +57,18 @@ def init(
     `shapes` are those of the nets' params. Raises UserError where none has.
     """
     flat = flax.traverse_util.flatten_dict(dict(shapes), sep="/")
+    pattern = TARGETS if settings.targets is None else settings.targets
     try:
-        targets = re.compile(settings.targets)
+        targets = re.compile(pattern)
     except re.error as error:
         raise UserError(
-            f"diffusion_stage.lora.targets: {settings.targets!r} is no pattern, {error}"
+            f"diffusion_stage.lora.targets: {pattern!r} is no pattern, {error}"
         ) from error
     found = [path for path, x in flat.items() if targets.search(path) and x.ndim > 1]
     if not found:
         known = next(path for path in flat if path.endswith("kernel"))
         raise UserError(
-            f"diffusion_stage.lora.targets: {settings.targets!r} is in no path of one,"
+            f"diffusion_stage.lora.targets: {pattern!r} is in no path of one,"
             f" such as {known}"
         )
     factors = {}

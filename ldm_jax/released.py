@@ -91,6 +91,11 @@ def read(
             of = diffusion["conditioners"] if conditioner.trainable else encoders
             of[name] = params
     if config.diffusion_stage.loss.get("learn_logvar"):
+        if "logvar" not in state_dict:
+            raise UserError(
+                "diffusion_stage.loss.learn_logvar: True, but SRC has no logvar; set it"
+                " to False"
+            )
         diffusion["logvar"] = np.asarray(state_dict["logvar"], np.float32)
     _check_shapes(config, model, diffusion)
     first_stage = {}

@@ -71,16 +71,22 @@ def test_mistakes_take_one_line_and_write_nothing(tmp_path, capsys, flags, error
 def test_a_finished_factor_is_kept_unless_its_run_was_another(tmp_path):
     size = f_sweep.SIZES["debug"]
     plan = f_sweep.Plan(4, ("diffusion_stage.steps=7",), {}, {})
-    assert f_sweep.finished_row(tmp_path, plan, size) is None
+    path = tmp_path / f_sweep.F_SWEEP.row_file
+
+    def kept(plan, size):
+        return experiment.kept_row(path, f_sweep.run_of(plan).config, size.samples)
+
+    assert kept(plan, size) is None
     config = config_lib.load(plan.spec, plan.overrides)
-    path = workdir_lib.config_path(tmp_path)
-    workdir_lib.write_text(path, config_lib.to_json(config))
+    workdir_lib.write_text(
+        workdir_lib.config_path(tmp_path), config_lib.to_json(config)
+    )
     row = _row(4, samples=size.samples)
-    workdir_lib.write_text(tmp_path / f_sweep.ROW, json.dumps(row))
-    assert f_sweep.finished_row(tmp_path, plan, size) == row
+    workdir_lib.write_text(path, json.dumps(row))
+    assert kept(plan, size) == row
     longer = plan._replace(overrides=("diffusion_stage.steps=8",))
-    assert f_sweep.finished_row(tmp_path, longer, size) is None
-    assert f_sweep.finished_row(tmp_path, plan, size._replace(samples=99)) is None
+    assert kept(longer, size) is None
+    assert kept(plan, size._replace(samples=99)) is None
 
 
 def test_table_and_plot_of_rows_with_gaps(tmp_path):
@@ -117,4 +123,4 @@ def test_a_sweep_runs_and_goes_on(tmp_path, capfd):
     assert float(row["samples_per_second"]) > 0
     assert float(row["sample_random_net_distance"]) > 0
     f_sweep.main(flags + small)
-    assert "f = 16: finished, kept as it is" in capfd.readouterr().out
+    assert "f16: finished, kept as it is" in capfd.readouterr().out

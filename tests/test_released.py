@@ -140,6 +140,7 @@ def test_raw_weights_and_a_scale_of_the_file_s_own(tmp_path, made):
         ((), {"first_stage_model.quant_conv.bias": np.zeros(3)}, "the autoencoder is"),
         ((), {"cond_stage_model.more": np.zeros(3)}, "conditioners.text is not that"),
         (("--config.diffusion.linear_end=0.02",), {}, "diffusion: alphas_cumprod has"),
+        (("--config.diffusion_stage.loss.learn_logvar=True",), {}, "SRC has no logvar"),
         (("--scale_factor=0",), {}, "--scale_factor: 0.0"),
         (("--scale=0",), {}, "--scale=0: no such flag"),
         (

@@ -33,12 +33,12 @@ def neighbours(
 
     def embed(x: jax.Array, tools: Tools) -> jax.Array:
         z = tools.encode_image(x, tools.keys)
-        return clip_vision.unit(pictures.pooled(z, cells))
+        return embedders.unit(pictures.pooled(z, cells))
 
     def before(x: jax.Array, tools: Tools) -> jax.Array:
         e = embed(pictures.to_float(x), tools)
         known = _memory(setting, tools, k)
-        found = clip_vision.nearest(e, known, k, tools.training)
+        found = embedders.nearest(e, known, k, tools.training)
         return found * jnp.float32(width**0.5)
 
     return Conditioner(

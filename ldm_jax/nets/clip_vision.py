@@ -130,25 +130,14 @@ class NearestVectors(nn.Module):
     ) -> jax.Array:
         del deterministic
         x, known, without_first = values
-        return nearest(embed_unit(self.tower, x), known, self.k, without_first)
+        e = embed_unit(self.tower, x)
+        return embedders.nearest(e, known, self.k, without_first)
 
 
 def embed_unit(tower: CLIPVisionTransformer, x: jax.Array) -> jax.Array:
     """Pictures [b, H, W, 3] in [-1, 1] to unit embeddings [b, d], by a bound tower."""
-    return unit(tower(preprocess(x, tower.image_size)).embedding.astype(jnp.float32))
-
-
-def unit(e: jax.Array) -> jax.Array:
-    """Vectors [b, d] at length 1; those of length 0 stay."""
-    return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-6)
-
-
-def nearest(
-    e: jax.Array, known: jax.Array, k: int, without_first: jax.Array | bool
-) -> jax.Array:
-    """The `k` of `known` [n, d], n > k, of the greatest product with `e` [b, d]."""
-    _, order = jax.lax.top_k(e @ known.T, k + 1)
-    return known[jnp.where(without_first, order[:, 1:], order[:, :-1])]
+    e = tower(preprocess(x, tower.image_size)).embedding
+    return embedders.unit(e.astype(jnp.float32))
 
 
 _CLIP = dict(image_size=224, patch_size=14, heads=16)

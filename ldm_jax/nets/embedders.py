@@ -88,3 +88,16 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array, deterministic: bool = True) -> jax.Array:
         del deterministic
         return layers.Dense(self.dim, name="proj")(x)
+
+
+def unit(e: jax.Array) -> jax.Array:
+    """Vectors [b, d] at length 1; those of length 0 stay."""
+    return e / jnp.maximum(jnp.linalg.norm(e, axis=-1, keepdims=True), 1e-6)
+
+
+def nearest(
+    e: jax.Array, known: jax.Array, k: int, without_first: jax.Array | bool
+) -> jax.Array:
+    """The `k` of `known` [n, d], n > k, of the greatest product with `e` [b, d]."""
+    _, order = jax.lax.top_k(e @ known.T, k + 1)
+    return known[jnp.where(without_first, order[:, 1:], order[:, :-1])]

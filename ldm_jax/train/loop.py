@@ -348,7 +348,10 @@ def plan(
     model: model_lib.LatentDiffusion | None,
     pictures: int,
 ) -> None:
-    """Says what is about to happen: per stage its size, steps, images and epochs."""
+    """Says what is about to happen: per stage its size, steps, images and epochs.
+
+    Raises UserError for options that only the nets' params tell to be wrong.
+    """
     key = jax.random.key(0)
     inits = {
         "autoencoder": lambda: model_lib.init_autoencoder(config, net, key)[0],
@@ -361,11 +364,14 @@ def plan(
         section = config[f"{name}_stage"]
         size = stage_lib.batch_size(section, config)
         try:
-            parameters = report.count(jax.eval_shape(inits[name]))
+            params = jax.eval_shape(inits[name])
         except ValueError as error:  # what a net says of its own options
             raise UserError(f"{name}: {str(error).splitlines()[0]}") from error
+        if section.optim.get("train_only"):
+            optim.labels(section.optim.train_only, params)
+        millions = report.count(params) / 1e6
         report.say(
-            f"plan: {name}, {parameters / 1e6:.2f}M parameters, {section.steps} steps"
+            f"plan: {name}, {millions:.2f}M parameters, {section.steps} steps"
             f" of {size} images, {section.steps * size / pictures:.1f} epochs;"
             f" {optim.describe(section.optim, size)}"
         )

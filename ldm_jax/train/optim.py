@@ -169,14 +169,15 @@ def make_optimizer(
     tx = optax.chain(clip, adamw)
     if section.get("train_only"):
         parts = {"train": tx, "keep": optax.set_to_zero()}
-        tx = optax.multi_transform(parts, partial(_labels, section.train_only))
+        tx = optax.multi_transform(parts, partial(labels, section.train_only))
     return tx, schedule
 
 
-def _labels(pattern: str, params: Any) -> Any:
+def labels(pattern: str, params: Any) -> Any:
     """A tree like `params` of "train" where `pattern` is found in the path, or "keep".
 
-    Paths are as unet/mid_attn/block_0/attn2/to_k/kernel.
+    Paths are as unet/mid_attn/block_0/attn2/to_k/kernel. Raises UserError where it is
+    found in none.
     """
     paths = jax.tree_util.tree_map_with_path(
         lambda path, _: "/".join(str(entry.key) for entry in path), params

@@ -91,9 +91,11 @@ def make_step(
 def of_loss(
     name: str,
     config: ml_collections.ConfigDict,
+    section: ml_collections.ConfigDict,
     loss: Loss,
     init: Callable[[jax.Array], Any],
     *,
+    optimizer: tuple[optax.GradientTransformation, optax.Schedule] | None = None,
     frozen: Any,
     train_source: sources.Source,
     heldout_source: sources.Source,
@@ -101,12 +103,11 @@ def of_loss(
     panels: Callable[[Any, Any], dict[str, np.ndarray]],
     start: Callable[[Any], Any] | None = None,
 ) -> Stage:
-    """A stage of one loss and one optimizer, that of `config`'s section NAME_stage.
+    """A stage of one loss and one optimizer, by default that of its `section`.
 
     `init(key)` gives its params. All columns of the sources go to the loss.
     """
-    section = config[f"{name}_stage"]
-    tx, schedule = optim.make_optimizer(
+    tx, schedule = optimizer or optim.make_optimizer(
         section.optim, section.steps, batch_size(section, config)
     )
     step = make_step(

@@ -134,6 +134,7 @@ def make_stage(
     return stage_lib.of_loss(
         NAME,
         config,
+        section,
         make_loss(model),
         lambda key: model_lib.init_classifier(model, key),
         frozen={"first_stage": first_stage},

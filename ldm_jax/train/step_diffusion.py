@@ -96,11 +96,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
 
 def initializer(config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion):
     """`init(key)`: fresh params of the nets or, if only these are trained, factors."""
-    init = partial(model_lib.init_diffusion, config, model)
-    if not lora.is_on(config):
-        return init
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    return partial(lora.init, config.diffusion_stage.lora, shapes)
+    return lora.initializer(config, partial(model_lib.init_diffusion, config, model))
 
 
 def whole(section: ml_collections.ConfigDict, params: Any, frozen: Any) -> Any:
@@ -269,6 +265,7 @@ def make_stage(
     return stage_lib.of_loss(
         NAME,
         config,
+        section,
         make_loss(model, section),
         initializer(config, model),
         frozen=frozen,

@@ -169,7 +169,7 @@ def test_factors_begin_with_no_change_also_of_convolutions():
     ("overrides", "words"),
     [
         (["rank=2"], "lora.rank: 2, but there is nothing to adapt; set init_from"),
-        (["rank=-1"], "lora.rank: -1; choose 1 or more"),
+        (["rank=0"], "lora.rank: 0; choose 1 or more"),
         (
             ["rank=2", "targets=nowhere"],
             "lora.targets: 'nowhere' is in no path of one",
@@ -233,9 +233,10 @@ def test_a_run_without_a_diffusion_model(other, tmp_path):
         ("(", "no pattern"),
     ],
 )
-def test_patterns_that_train_nothing(pattern, words):
-    section = runs.debug().diffusion_stage.optim
-    section.train_only = pattern
-    tx, _ = optim.make_optimizer(section, 10, 8)
+def test_patterns_that_train_nothing(tmp_path, pattern, words):
     with pytest.raises(UserError, match=f"optim.train_only: .*{words}"):
-        tx.init({"a": {"b": jnp.zeros(3)}})
+        optim.labels(pattern, {"a": {"b": jnp.zeros(3)}})
+    config = runs.debug(f"diffusion_stage.optim.train_only={pattern}")
+    with pytest.raises(UserError, match="optim.train_only: "):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
