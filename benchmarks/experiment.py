@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -32,6 +32,33 @@ from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 
 Row = Mapping[str, Any]
+
+
+class Run(NamedTuple):
+    """One run: how it is made, and the columns of its row that are known before."""
+
+    name: str  # of its folder
+    config: ml_collections.ConfigDict  # what its workdir then holds
+    command: tuple[str, ...]  # module and flags, all but the workdir
+    steps: Mapping[str, int]  # of each stage
+    facts: Row
+
+
+class Experiment(NamedTuple):
+    """What is written of its runs: NAME.csv and NAME.png."""
+
+    name: str
+    columns: Mapping[
+        str, str | None
+    ]  # with heads of the printed table, None leaves out
+    draw: Callable[[Sequence[Row], str, pathlib.Path], None]
+
+    @property
+    def row_file(self) -> str:
+        """What a finished run has its row in."""
+        return f"{self.name}_row.json"
+
+
 RETRIEVED = 256  # pictures among which a sample's own is looked for
 
 
@@ -48,7 +75,7 @@ def picture_batch(
     return jax.ShapeDtypeStruct((b, side, side, 3), np.float32)
 
 
-def flops_of(
+def step_flops_of(
     name: str, step: Callable, create: Callable, frozen: Any, batch: Any
 ) -> float:
     """FLOPs of one training step, XLA's count before it optimizes; nothing compiles."""
@@ -60,31 +87,43 @@ def flops_of(
     return lowered.cost_analysis()["flops"]
 
 
+def loss_flops(
+    name: str,
+    section: ml_collections.ConfigDict,
+    loss: Callable,
+    tx: Any,
+    init: Callable,
+    frozen: Any,
+    batch: Any,
+) -> float:
+    """FLOPs of one step of a stage that is one loss and one optimizer."""
+    from ldm_jax.train import stage as stage_lib
+    from ldm_jax.train import state as train_state
+
+    options = dict(micro_batches=section.micro_batches, ema_decay=section.ema_decay)
+    step = stage_lib.make_step(loss, tx, seed=0, **options)
+
+    def create(key):
+        return train_state.create(init(key), tx, section.ema_decay)
+
+    return step_flops_of(name, step, create, frozen, batch)
+
+
 def step_flops(config: ml_collections.ConfigDict) -> dict[str, float]:
     """FLOPs of one training step of each stage; stage one without a discriminator."""
     from benchmarks import train_step
     from ldm_jax.train import optim, step_diffusion
-    from ldm_jax.train import stage as stage_lib
-    from ldm_jax.train import state as train_state
 
     counted = {}
     model = common.build(config)
     if "autoencoder" in config.stages:
         stage = train_step.autoencoder_stage(config, model.autoencoder)
         batch = {"image": picture_batch(config, config.autoencoder_stage)}
-        counted[stage.name] = flops_of(
+        counted[stage.name] = step_flops_of(
             stage.name, stage.phases[0].step, stage.create, stage.frozen, batch
         )
     section = config.diffusion_stage
     tx, _ = optim.make_optimizer(section.optim, section.steps, 1)
-    loss = step_diffusion.make_loss(model, section)
-    options = dict(micro_batches=section.micro_batches, ema_decay=section.ema_decay)
-    step = stage_lib.make_step(loss, tx, seed=config.seed, **options)
-
-    def create(key):
-        params = model_lib.init_diffusion(config, model, key)
-        return train_state.create(params, tx, section.ema_decay)
-
     first_stage = jax.eval_shape(partial(common.first_stage, config, model))
     x = picture_batch(config, section)
     if section.cache_latents:
@@ -92,9 +131,15 @@ def step_flops(config: ml_collections.ConfigDict) -> dict[str, float]:
         batch = {"moments": jax.eval_shape(encode, first_stage.params, x)}
     else:
         batch = {"image": x}
-    batch |= conditioning.null_rows(model.conditioners, len(x))
-    frozen = {"first_stage": first_stage}
-    counted["diffusion"] = flops_of("diffusion", step, create, frozen, batch)
+    counted["diffusion"] = loss_flops(
+        "diffusion",
+        section,
+        step_diffusion.make_loss(model, section),
+        tx,
+        partial(model_lib.init_diffusion, config, model),
+        {"first_stage": first_stage},
+        batch | conditioning.null_rows(model.conditioners, len(x)),
+    )
     return counted
 
 
@@ -149,23 +194,47 @@ def kept_row(
     return None if changed or row["samples"] != samples else row
 
 
-def make_row(
-    path: pathlib.Path, command: Sequence[str], facts: Row, scored: Callable
-) -> dict[str, Any]:
-    """Trains by `command` and scores by `scored(workdir)`; the row is written last.
-
-    `facts` are columns that are known before.
-    """
+def make_row(path: pathlib.Path, run: Run, size: Any) -> dict[str, Any]:
+    """Trains and scores a run; the row is the last thing to be written."""
     workdir = path.parent
     fresh, began = not workdir.exists(), time.monotonic()
-    run_command(*command)
+    run_command(*run.command, f"--workdir={workdir}")
     minutes = (time.monotonic() - began) / 60
     if not (workdir / "report.json").is_file():  # it was told to stop, not we
         raise KeyboardInterrupt
-    row = dict(facts) | {"training_minutes": minutes if fresh else None}
-    row |= in_child(scored, workdir)
+    row = dict(run.facts) | {"training_minutes": minutes if fresh else None}
+    row |= in_child(score, workdir, size.samples, size.drawn_at_once)
     workdir_lib.write_text(path, json.dumps(row, indent=2) + "\n")
     return row
+
+
+def go_through(
+    experiment: Experiment, out: pathlib.Path, runs: Sequence[Run], size: Any
+) -> list[dict[str, Any]]:
+    """The rows of all runs, those that are finished kept; the CSV grows with each.
+
+    `size` says how many `samples` are drawn, and how many of them at once. Told to
+    stop, it ends the program with a line; what is finished or saved is kept.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for run in runs:
+        steps = ", ".join(f"{count} steps of {s}" for s, count in run.steps.items())
+        print(f"{run.name}: {steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    try:
+        for run in runs:
+            path = out / run.name / experiment.row_file
+            row = kept_row(path, run.config, size.samples)
+            if row is not None:
+                print(f"{run.name}: finished, kept as it is", flush=True)
+            else:
+                row = make_row(path, run, size)
+            rows.append(row)
+            write_csv(rows, experiment.columns, out / f"{experiment.name}.csv")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from here")
+    return rows
 
 
 def score(workdir: pathlib.Path, samples: int, drawn_at_once: int) -> dict[str, Any]:
@@ -269,6 +338,18 @@ def save_figure(figure: Any, title: str, rows: Sequence[Row], path: pathlib.Path
     pyplot.close(figure)
 
 
+def show(
+    experiment: Experiment, out: pathlib.Path, rows: Sequence[Row], title: str
+) -> None:
+    """Draws the plot and prints the table, under the machine's line."""
+    plot = out / f"{experiment.name}.png"
+    title = f"{title}, {rows[-1]['samples']} samples, {rows[-1]['device']}"
+    experiment.draw(rows, title, plot)
+    print(f"\n{common.environment('flax', 'optax')}\n\n{title}\n")
+    print(table(rows, experiment.columns))
+    print(f"\n{plot.with_suffix('.csv')}, {plot}")
+
+
 # ---- The command ---------------------------------------------------------------
 
 
@@ -299,12 +380,3 @@ def parse_overrides(words: Sequence[str]) -> list[str]:
             )
         overrides.append(word)
     return overrides
-
-
-def until_stopped(run: Callable[[], Any]) -> Any:
-    """`run()`; told to stop, it ends with a line, and all that is finished is kept."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return run()
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from here")

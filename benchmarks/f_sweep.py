@@ -20,8 +20,7 @@ printed. A sweep that was stopped goes on where it was; finished factors are kep
 import argparse
 import pathlib
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_collections
 
@@ -31,7 +30,6 @@ from ldm_jax.config import UserError
 
 CONFIG = pathlib.Path(common.default_config()).with_name("f_sweep.py")
 FACTORS = (1, 2, 4, 8, 16, 32)
-ROW = "f_sweep_row.json"  # in the workdir of a finished factor
 
 
 class Size(NamedTuple):
@@ -131,27 +129,16 @@ def make_plans(
     return plans
 
 
-# ---- One factor ----------------------------------------------------------------
-
-
-def finished_row(workdir: pathlib.Path, plan: Plan, size: Size) -> dict | None:
-    """The row of a factor that is finished; None where its run was another one."""
-    config = config_lib.load(plan.spec, plan.overrides)
-    return experiment.kept_row(workdir / ROW, config, size.samples)
-
-
-def make_row(workdir: pathlib.Path, plan: Plan, size: Size) -> dict[str, Any]:
-    """Trains and scores one factor."""
-    command = ["ldm_jax.train", f"--config={plan.spec}", f"--workdir={workdir}"]
+def run_of(plan: Plan) -> experiment.Run:
+    """The run of a plan."""
+    command = ["ldm_jax.train", f"--config={plan.spec}"]
     command += [f"--config.{word}" for word in plan.overrides]
     facts = {"f": plan.f}
     for stage in ("autoencoder", "diffusion"):
         facts[f"{stage}_steps"] = plan.steps.get(stage, 0)
         facts[f"{stage}_teraflops"] = plan.teraflops(stage)
-    scored = partial(
-        experiment.score, samples=size.samples, drawn_at_once=size.drawn_at_once
-    )
-    return experiment.make_row(workdir / ROW, command, facts, scored)
+    config = config_lib.load(plan.spec, plan.overrides)
+    return experiment.Run(f"f{plan.f}", config, tuple(command), plan.steps, facts)
 
 
 # ---- What comes out ------------------------------------------------------------
@@ -193,6 +180,9 @@ def draw(rows: Sequence[experiment.Row], title: str, path: pathlib.Path) -> None
     experiment.save_figure(figure, title, rows, path)
 
 
+F_SWEEP = experiment.Experiment("f_sweep", COLUMNS, draw)
+
+
 # ---- The command ---------------------------------------------------------------
 
 
@@ -206,28 +196,6 @@ def parse_factors(text: str) -> tuple[int, ...]:
     if not words:
         raise UserError(f"--factors: none given; choose from {','.join(known)}")
     return tuple(sorted({int(word) for word in words}))
-
-
-def run(
-    out: pathlib.Path, factors: Sequence[int], size: Size, overrides: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Goes through the factors; the CSV grows by a line with each."""
-    plans = experiment.in_child(make_plans, factors, size, overrides)
-    for plan in plans:
-        steps = ", ".join(f"{count} steps of {s}" for s, count in plan.steps.items())
-        print(f"f = {plan.f}: {steps}")
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for plan in plans:
-        workdir = out / f"f{plan.f}"
-        row = finished_row(workdir, plan, size)
-        if row is not None:
-            print(f"f = {plan.f}: finished, kept as it is", flush=True)
-        else:
-            row = make_row(workdir, plan, size)
-        rows.append(row)
-        experiment.write_csv(rows, COLUMNS, out / "f_sweep.csv")
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -251,15 +219,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         factors = parse_factors(args.factors)
         overrides = experiment.parse_overrides(rest)
         out = pathlib.Path(args.out)
-        rows = experiment.until_stopped(lambda: run(out, factors, size, overrides))
-    title = (
-        f"f sweep, size {args.size}: {size.flops / 1e12:g} TFLOP a stage,"
-        f" {size.samples} samples, {rows[-1]['device']}"
-    )
-    draw(rows, title, out / "f_sweep.png")
-    print(f"\n{common.environment('flax', 'optax')}\n\n{title}\n")
-    print(experiment.table(rows, COLUMNS))
-    print(f"\n{out / 'f_sweep.csv'}, {out / 'f_sweep.png'}")
+        plans = experiment.in_child(make_plans, factors, size, overrides)
+        runs = [run_of(plan) for plan in plans]
+        rows = experiment.go_through(F_SWEEP, out, runs, size)
+    title = f"f sweep, size {args.size}: {size.flops / 1e12:g} TFLOP a stage"
+    experiment.show(F_SWEEP, out, rows, title)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import math
 import pathlib
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import ml_collections
 
@@ -32,7 +32,6 @@ from ldm_jax.config import UserError
 
 WEIGHTS = "0,0.01,0.1,1"
 FIRST_SHARE = 0.2  # of the compute of two stages that the first takes
-ROW = "joint_row.json"  # in the workdir of a finished run
 
 
 class Size(NamedTuple):
@@ -97,26 +96,17 @@ COLUMNS = {  # name: how the printed table heads it; None leaves it out there
 
 def joint_flops(config: ml_collections.ConfigDict) -> float:
     """FLOPs of one joint training step."""
-    from ldm_jax.train import stage as stage_lib
-    from ldm_jax.train import state as train_state
-
     model, section = common.build(config), config.diffusion_stage
-    tx, _ = joint_stage.make_optimizer(config)
-    step = stage_lib.make_step(
-        joint_stage.make_loss(config, model),
-        tx,
-        seed=config.seed,
-        micro_batches=section.micro_batches,
-        ema_decay=section.ema_decay,
-    )
-
-    def create(key):
-        params = joint_stage.init(config, model, key)
-        return train_state.create(params, tx, section.ema_decay)
-
     x = experiment.picture_batch(config, section)
-    batch = {"image": x} | conditioning.null_rows(model.conditioners, len(x))
-    return experiment.flops_of(joint_stage.NAME, step, create, {}, batch)
+    return experiment.loss_flops(
+        joint_stage.NAME,
+        section,
+        joint_stage.make_loss(config, model),
+        joint_stage.make_optimizer(config)[0],
+        partial(joint_stage.init, config, model),
+        {},
+        {"image": x} | conditioning.null_rows(model.conditioners, len(x)),
+    )
 
 
 def make_plans(
@@ -144,15 +134,12 @@ def make_plans(
     return plans + joint
 
 
-# ---- One run -------------------------------------------------------------------
-
-
-def make_row(workdir: pathlib.Path, plan: Plan, size: Size) -> dict[str, Any]:
-    """Trains and scores one run."""
+def run_of(plan: Plan) -> experiment.Run:
+    """The run of a plan."""
     command = ["ldm_jax.train"]
     if plan.weight is not None:
         command = ["benchmarks.joint_stage", f"--encoder_weight={plan.weight:g}"]
-    command += [f"--config={plan.spec}", f"--workdir={workdir}"]
+    command += [f"--config={plan.spec}"]
     command += [f"--config.{word}" for word in plan.overrides]
     config = plan.config()
     batch = config.diffusion_stage.batch_size or config.batch_size
@@ -164,10 +151,10 @@ def make_row(workdir: pathlib.Path, plan: Plan, size: Size) -> dict[str, Any]:
         "pictures_seen": plan.steps["diffusion"] * batch,
         "teraflops": sum(plan.steps[k] * plan.flops[k] for k in plan.steps) / 1e12,
     }
-    scored = partial(
-        experiment.score, samples=size.samples, drawn_at_once=size.drawn_at_once
-    )
-    return experiment.make_row(workdir / ROW, command, facts, scored)
+    return experiment.Run(plan.name, config, tuple(command), plan.steps, facts)
+
+
+# ---- What comes out ------------------------------------------------------------
 
 
 def draw(rows: Sequence[experiment.Row], title: str, path: pathlib.Path) -> None:
@@ -199,6 +186,9 @@ def draw(rows: Sequence[experiment.Row], title: str, path: pathlib.Path) -> None
     experiment.save_figure(figure, title, rows, path)
 
 
+JOINT = experiment.Experiment("joint", COLUMNS, draw)
+
+
 # ---- The command ---------------------------------------------------------------
 
 
@@ -216,32 +206,6 @@ def parse_weights(text: str) -> tuple[float, ...]:
             )
         weights.add(weight)
     return tuple(sorted(weights))
-
-
-def run(
-    out: pathlib.Path,
-    spec: str,
-    weights: Sequence[float],
-    size: Size,
-    overrides: Sequence[str],
-) -> list[dict[str, Any]]:
-    """Goes through the runs; the CSV grows by a line with each."""
-    plans = experiment.in_child(make_plans, spec, weights, size, overrides)
-    for plan in plans:
-        steps = ", ".join(f"{count} steps of {s}" for s, count in plan.steps.items())
-        print(f"{plan.name}: {steps}")
-    out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for plan in plans:
-        workdir = out / plan.name
-        row = experiment.kept_row(workdir / ROW, plan.config(), size.samples)
-        if row is not None:
-            print(f"{plan.name}: finished, kept as it is", flush=True)
-        else:
-            row = make_row(workdir, plan, size)
-        rows.append(row)
-        experiment.write_csv(rows, COLUMNS, out / "joint.csv")
-    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -262,17 +226,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         weights = parse_weights(args.weights)
         overrides = experiment.parse_overrides(rest)
         out = pathlib.Path(args.out)
-        rows = experiment.until_stopped(
-            lambda: run(out, args.config, weights, size, overrides)
-        )
-    title = (
-        f"joint or two stages, size {args.size}: {size.flops / 1e12:g} TFLOP a run,"
-        f" {size.samples} samples, {rows[-1]['device']}"
-    )
-    draw(rows, title, out / "joint.png")
-    print(f"\n{common.environment('flax', 'optax')}\n\n{title}\n")
-    print(experiment.table(rows, COLUMNS))
-    print(f"\n{out / 'joint.csv'}, {out / 'joint.png'}")
+        plans = experiment.in_child(make_plans, args.config, weights, size, overrides)
+        runs = [run_of(plan) for plan in plans]
+        rows = experiment.go_through(JOINT, out, runs, size)
+    title = f"joint or two stages, size {args.size}: {size.flops / 1e12:g} TFLOP a run"
+    experiment.show(JOINT, out, rows, title)
 
 
 if __name__ == "__main__":

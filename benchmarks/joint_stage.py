@@ -14,6 +14,7 @@ import argparse
 import os
 import pathlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -152,44 +153,24 @@ def make_stage(
     """Both stages in one; `config.encoder_weight` is the command's."""
     if autoencoder_loss.is_vq(model.autoencoder):
         raise UserError("autoencoder.kind: vq; this trains KL ones, so choose kl")
-    section = config.diffusion_stage
-    loss, (tx, schedule) = make_loss(config, model), make_optimizer(config)
     prepared = []
     for source in (train_source, heldout_source):
         raw = run_report.raw_conditions(model, source, config.data.ops)
         fields = conditioning.prepare(model.conditioners, raw)
         fields["image"] = source.fields["image"]
         prepared.append(sources.Source(fields, source.attribution))
-
-    def create(key):
-        params = init(config, model, key)
-        return train_state.create(params, tx, section.ema_decay)
-
-    def evaluate(params, frozen, batch, key):
-        return loss(params, frozen, batch, key, deterministic=True)[1]
-
-    step = stage_lib.make_step(
-        loss,
-        tx,
-        seed=config.seed,
-        micro_batches=section.micro_batches,
-        ema_decay=section.ema_decay,
-    )
-    return stage_lib.Stage(
-        name=NAME,
-        section=section,
-        create=create,
-        phases=(stage_lib.Phase(0, step),),
-        evaluate=evaluate,
-        schedule=schedule,
+    return stage_lib.of_loss(
+        NAME,
+        config,
+        config.diffusion_stage,
+        make_loss(config, model),
+        partial(init, config, model),
+        optimizer=make_optimizer(config),
         frozen=step_autoencoder.load_frozen(config),
         train_source=prepared[0],
         heldout_source=prepared[1],
         ops=config.data.ops,
-        fields=tuple(prepared[0].fields),
         panels=lambda params, frozen: {},
-        summarize=stage_lib.scalars,
-        finish=lambda params: {},
     )
 
 
