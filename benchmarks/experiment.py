@@ -48,9 +48,8 @@ class Experiment(NamedTuple):
     """What is written of its runs: NAME.csv and NAME.png."""
 
     name: str
-    columns: Mapping[
-        str, str | None
-    ]  # with heads of the printed table, None leaves out
+    # {column: its head in the printed table, or None where it is not in it}
+    columns: Mapping[str, str | None]
     draw: Callable[[Sequence[Row], str, pathlib.Path], None]
 
     @property

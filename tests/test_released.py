@@ -13,7 +13,7 @@ from ldm_jax import config as config_lib
 from ldm_jax import released
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, towers
 from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint, finetune
 from ldm_jax.train import state as train_state
@@ -23,15 +23,26 @@ pytestmark = pytest.mark.usefixtures("fast_compile")
 DEBUG = f"{runs.TXT2IMG}:debug"
 
 
-def _under(prefix, rules, params):
-    """What a rule reads, written: params under torch's names."""
-    written = {}
-    for rule in rules:
-        leaf = params
-        for word in rule.path.split("/"):
-            leaf = leaf[word]
-        written[prefix + rule.key] = rule.layout.to_torch(np.asarray(leaf))
-    return written
+def _under(prefix, plan, params):
+    """Params under torch's names."""
+    return {prefix + k: v for k, v in compvis.revert(params, plan.rules).items()}
+
+
+def _file_of(loaded):
+    """What a trainer would have saved of a run: {key: array}."""
+    model, params = loaded.model, loaded.params
+    state_dict = {
+        "alphas_cumprod": np.float32(model.schedule.alphas_cumprod),
+        "betas": np.zeros(1000, np.float32),
+        "model_ema.decay": np.float32(0.9999),
+    }
+    average = _under("", compvis.unet_plan(model.unet), params["unet"])
+    for key, value in average.items():
+        state_dict[f"model.diffusion_model.{key}"] = value + 1
+        state_dict["model_ema.diffusion_model" + key.replace(".", "")] = value
+    plan = compvis.autoencoder_plan(model.autoencoder)
+    first_stage = loaded.first_stage.params
+    return state_dict | _under("first_stage_model.", plan, first_stage)
 
 
 @pytest.fixture(scope="module")
@@ -41,32 +52,12 @@ def made(tmp_path_factory):
     config = runs.debug()
     runs.untrained(folder / "run", config)
     loaded = ldm_jax.load(folder / "run")
-    model, params = loaded.model, loaded.params
-    text = model.conditioners["text"].net
-    shapes = compvis.abstract_params(model.unet, **model.unet.abstract_inputs())
-    x = jax.ShapeDtypeStruct((1, 16, 16, 3), np.float32)
-    state_dict = {
-        "alphas_cumprod": np.float32(model.schedule.alphas_cumprod),
-        "betas": np.zeros(1000, np.float32),
-        "model_ema.decay": np.float32(0.9999),
-    }
-    average = _under("", compvis.unet_rules(model.unet, shapes), params["unet"])
-    for key, value in average.items():
-        state_dict[f"model.diffusion_model.{key}"] = value + 1
-        state_dict["model_ema.diffusion_model" + key.replace(".", "")] = value
-    shapes = compvis.abstract_params(model.autoencoder, x)
-    state_dict |= _under(
-        "first_stage_model.",
-        compvis.autoencoder_rules(shapes),
-        loaded.first_stage.params,
-    )
-    shapes = compvis.abstract_params(text, jax.ShapeDtypeStruct((1, 1), np.int32))
-    state_dict |= _under(
+    text = loaded.model.conditioners["text"].net
+    state_dict = _file_of(loaded) | _under(
         "cond_stage_model.",
-        compvis.text_transformer_rules(shapes),
-        params["conditioners"]["text"],
+        compvis.text_transformer_plan(text),
+        loaded.params["conditioners"]["text"],
     )
-    state_dict = {k: np.ascontiguousarray(v) for k, v in state_dict.items()}
     return loaded, state_dict, str(folder / "run" / "tokenizers" / "text")
 
 
@@ -167,6 +158,26 @@ def test_a_destination_that_is_there_stays(tmp_path, made, capsys):
         _convert(tmp_path, made)
     assert "is there already; name another" in capsys.readouterr().err
     assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("task", "plan"),
+    [
+        ("class_conditional", towers.class_embedder_plan),
+        ("semantic", lambda net: towers.rescaler_plan(net, 22)),
+    ],
+)
+def test_conditions_of_other_tasks_are_in_the_file_too(tmp_path, task, plan):
+    spec = f"{runs.CONFIGS / task}.py:debug"
+    runs.untrained(tmp_path / "run", config_lib.load(spec))
+    loaded = ldm_jax.load(tmp_path / "run")
+    ((name, conditioner),) = loaded.model.conditioners.items()
+    params = loaded.params["conditioners"][name]
+    state_dict = _file_of(loaded)
+    state_dict |= _under("cond_stage_model.", plan(conditioner.net), params)
+    parts = released.read(state_dict, loaded.config, loaded.model)
+    jax.tree.map(np.testing.assert_array_equal, parts.diffusion, loaded.params)
+    assert parts.encoders == {} and parts.scale_factor == 1.0
 
 
 def test_scale_factors_are_of_autoencoders_that_there_are():

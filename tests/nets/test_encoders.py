@@ -153,6 +153,15 @@ def test_openclip_s_picture_tower_is_the_same_net():
     inputs += [jax.ShapeDtypeStruct((2, 12), np.float32)] * 2
     shapes = jax.eval_shape(vector.init, jax.random.key(0), tuple(inputs))["params"]
     assert jax.tree.map(np.shape, shapes) == jax.tree.map(np.shape, params)
+    # Without noise the embedding stays as it is; without signal it is the mean.
+    x = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    rest = np.zeros((2, 12), np.float32), np.zeros((2, 12), np.float32)
+    for signal in (0.0, 1.0):
+        inputs = (x, np.full((2, 1), signal, np.float32), *rest)
+        out = vector.apply({"params": params}, inputs)[:, :12]
+        tower = net.apply({"params": expected}, clip_vision.preprocess(x, 16))
+        wanted = tower.embedding if signal else np.broadcast_to(mean, (2, 12))
+        np.testing.assert_allclose(out, wanted, atol=ATOL)
     for wrong in (mean[:, :3], std - 1):
         with pytest.raises(ValueError, match="are not 12 numbers each"):
             towers.params_of(vector, whole | {towers.STATISTICS[1]: wrong})

@@ -123,6 +123,9 @@ def test_factors_of_low_rank_are_all_that_is_trained(other, tmp_path):
     assert loop.train(config, workdir)
     shutil.rmtree(other)  # it stands by itself
     heir = ldm_jax.load(workdir)
+    # An array of numpy would go to the device with every call.
+    leaves = jax.tree.leaves((heir.params, heir.first_stage))
+    assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     before = frozen.read_params(workdir_lib.base_path(workdir))
     factors = step_diffusion.initializer(config, heir.model)(jax.random.key(0))
     factors = _averaged(workdir, "diffusion", factors)
