@@ -153,9 +153,9 @@ def test_context_list_gives_each_block_its_own():
 def test_heads_follow_the_arithmetic_of_the_original(legacy):
     options = CROSS | dict(num_heads=None, num_head_channels=20, legacy=legacy)
     net = unet.UNet(**options)
-    assert net._heads(64, upward=False) == ((3, 21) if legacy else (3, 20))
+    assert net.heads_of(64, upward=False) == ((3, 21) if legacy else (3, 20))
     up = unet.UNet(**TINY | dict(num_heads_upsample=4, legacy=legacy))
-    assert up._heads(64, upward=True)[0] == (4 if legacy else 2)
+    assert up.heads_of(64, upward=True)[0] == (4 if legacy else 2)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
