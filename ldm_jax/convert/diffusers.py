@@ -48,7 +48,7 @@ _OLD = {
     "proj_attn": "to_out.0",
 }
 # Widths of the vectors that SDXL and its refiner take: pooled text and sizes.
-_SDXL = (2816, 2560)
+SDXL_WIDTHS = (2816, 2560)
 _PACKED = r"(.*\battentions\.\d+)\.to_([qkv])\.(weight|bias)"
 
 
@@ -117,7 +117,7 @@ def unet_names_of(net: unet.UNet, shapes: Mapping[str, tuple]) -> Names:
         if any(path.startswith(f"up_{level}_attn_{depth}/") for path in shapes)
     }
     label = net.num_classes if isinstance(net.num_classes, str) else "class"
-    sdxl = label == "sequential" and net.adm_in_channels in _SDXL
+    sdxl = label == "sequential" and net.adm_in_channels in SDXL_WIDTHS
     return _unet_names(
         depths,
         attended,
