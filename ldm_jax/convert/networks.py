@@ -59,7 +59,7 @@ def import_network(
     state = _tidied(kind, layout, state)
     layout = "huggingface" if layout == "midas" else layout
     net = _module(kind, layout, state, config)
-    plan = _plan(net, layout, state)
+    plan = plan_of(net, layout, state)
     try:
         variables = compvis.convert(state, plan)
     except ValueError as error:
@@ -78,7 +78,7 @@ def export_network(
     UserError where the layout can't hold the module.
     """
     variables = jax.tree.map(np.asarray, variables)
-    plan = _plan(module, layout, variables["params"])
+    plan = plan_of(module, layout, variables["params"])
     try:
         state = compvis.revert(
             variables if _has_collections(module) else variables["params"], plan.rules
@@ -172,7 +172,7 @@ def _has_collections(net: nn.Module) -> bool:
     return isinstance(net, discriminator_net.PatchDiscriminator)
 
 
-def _plan(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> compvis.Plan:
+def plan_of(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> compvis.Plan:
     """The plan of `net`; `arrays`, a state dict or params, tell a CLIP's projection."""
     layouts = _layouts(net)
     if layout not in layouts:

@@ -1,0 +1,198 @@
+"""Our nets beside torch's, block by block: equal ones, and one that was changed."""
+
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ldm_jax import check as of_runs
+from ldm_jax import convert, loaded
+from ldm_jax.config import UserError
+from ldm_jax.convert import check
+from ldm_jax.nets import autoencoder, text_encoder, unet
+from tests import runs
+
+diffusers = pytest.importorskip("diffusers")
+torch = pytest.importorskip("torch")
+
+ATOL = 5e-5
+UNET = unet.UNet(
+    in_channels=4,
+    model_channels=32,
+    out_channels=4,
+    num_res_blocks=1,
+    attention_resolutions=(2,),
+    channel_mult=(1, 2),
+    num_heads=4,
+    use_spatial_transformer=True,
+    context_dim=12,
+)
+PLAIN = UNET.clone(
+    use_spatial_transformer=False, context_dim=None, resblock_updown=True
+)
+KL = autoencoder.AutoencoderKL(ch=32, ch_mult=(1, 2), num_res_blocks=1)
+VQ = autoencoder.VQModel(ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=16)
+TEXT = text_encoder.CLIPTextTransformer(50, 9, 64, depth=3, heads=4)
+
+
+def _variables(net, *args, **kwargs):
+    shapes = jax.eval_shape(lambda: net.init(jax.random.key(0), *args, **kwargs))
+    rng = np.random.default_rng(0)
+
+    def draw(path, a):
+        scale = 0.1 if a.ndim == 1 else np.prod(a.shape[:-1]) ** -0.5
+        value = scale * rng.normal(size=a.shape) + (path[-1].key == "scale")
+        return value.astype(np.float32)
+
+    return {"params": jax.tree_util.tree_map_with_path(draw, shapes["params"])}
+
+
+def _of_unet(net):
+    inputs = net.abstract_inputs()
+    return _variables(net, **jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), inputs))
+
+
+def _agree(rows):
+    for row in rows:
+        assert row.max_difference < ATOL, row
+        assert row.mean_difference <= row.max_difference
+        assert 0.05 < row.std < 20, row
+
+
+def _wrong(rows):
+    """The names of the blocks that are not equal, in the order of computing."""
+    return [row.block for row in rows if row.max_difference > ATOL]
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        UNET,
+        PLAIN,
+        UNET.clone(num_classes=7),
+        UNET.clone(num_classes="timestep"),
+        UNET.clone(num_classes="sequential", adm_in_channels=9),
+        UNET.clone(num_classes="sequential", adm_in_channels=2816),
+    ],
+)
+def test_all_blocks_of_a_unet_are_compared(net):
+    rows = check.compare_unet(net, _of_unet(net))
+    _agree(rows)
+    resample = ["down_0_downsample", "up_1_upsample"]
+    label = ["label_embed_0", "label_embed_1"]
+    wanted = [
+        *("time_embed_0", "time_embed_1"),
+        *(label if isinstance(net.num_classes, str) else []),
+        *("conv_in", "down_0_res_0", resample[0], "down_1_res_0", "down_1_attn_0"),
+        *("mid_res_0", "mid_attn", "mid_res_1"),
+        *("up_1_res_0", "up_1_attn_0", "up_1_res_1", "up_1_attn_1", resample[1]),
+        *("up_0_res_0", "up_0_res_1", "norm_out", "conv_out"),
+    ]
+    assert [row.block for row in rows] == wanted
+
+
+@pytest.mark.parametrize("net", [KL, VQ], ids=["kl", "vq"])
+def test_encoder_and_decoder_are_compared(net):
+    rows = check.compare_autoencoder(net, _variables(net, np.zeros((1, 8, 8, 3))))
+    _agree(rows)
+    mid = ["mid_res_0", "mid_attn", "mid_res_1"]
+    encoder = ["conv_in", "down_0_res_0", "down_0_downsample", "down_1_res_0", *mid]
+    decoder = ["conv_in", *mid, "up_1_res_0", "up_1_res_1", "up_1_upsample"]
+    decoder += ["up_0_res_0", "up_0_res_1"]
+    out = ["norm_out", "conv_out"]
+    assert [row.block for row in rows] == [
+        *(f"encoder/{name}" for name in encoder + out),
+        *("quant_conv", "post_quant_conv"),
+        *(f"decoder/{name}" for name in decoder + out),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({}, ["layer_0", "layer_1", "layer_2", "norm_out"]),
+        (dict(layer="penultimate"), ["layer_0", "layer_1", "norm_out"]),
+        (dict(layer="penultimate", final_norm=False), ["layer_0", "layer_1"]),
+        (
+            dict(projection_dim=24, normalize=True),
+            ["layer_0", "layer_1", "layer_2", "norm_out", "text_projection"],
+        ),
+    ],
+)
+def test_the_blocks_that_a_text_tower_runs_are_compared(options, wanted):
+    net = TEXT.clone(**options)
+    rows = check.compare_clip_text(net, _variables(net, np.zeros((1, 9), np.int32)))
+    _agree(rows)
+    assert [row.block for row in rows] == wanted
+
+
+@pytest.mark.parametrize(
+    ("path", "first"),
+    [
+        (("conv_in", "kernel"), "conv_in"),
+        (("mid_attn", "block_0", "attn2", "to_k", "kernel"), "mid_attn"),
+        (("up_1_res_1", "conv2", "kernel"), "up_1_res_1"),
+        (("conv_out", "bias"), "conv_out"),
+    ],
+)
+def test_a_unet_that_was_changed_is_found_in_the_block(path, first):
+    variables = _of_unet(UNET)
+    state = convert.export_network(UNET, variables, "diffusers")
+    leaf = variables["params"]
+    for name in path:
+        leaf = leaf[name]
+    leaf.flat[0] += 1.0
+    rows = check.compare_unet(UNET, variables, state_dict=state)
+    assert _wrong(rows)[0] == first
+
+
+def test_a_first_stage_that_was_changed_is_found_in_the_block():
+    variables = _variables(KL, np.zeros((1, 8, 8, 3)))
+    state = convert.export_network(KL, variables, "diffusers")
+    variables["params"]["decoder"]["mid_attn"]["q"]["kernel"] += 1.0
+    wrong = _wrong(check.compare_autoencoder(KL, variables, state_dict=state))
+    assert wrong[0] == "decoder/mid_attn"
+
+
+def test_a_text_tower_that_was_changed_is_found_in_the_block():
+    net = TEXT.clone(layer="penultimate")
+    whole = _variables(TEXT, np.zeros((1, 9), np.int32))
+    state = convert.export_network(TEXT, whole, "huggingface")
+    del whole["params"]["layer_2"]
+    assert _wrong(check.compare_clip_text(net, whole, state_dict=state)) == []
+    whole["params"]["layer_1"]["ff_out"]["bias"][0] += 1.0
+    wrong = _wrong(check.compare_clip_text(net, whole, state_dict=state))
+    assert wrong[0] == "layer_1"
+
+
+def test_a_file_that_lacks_arrays_is_refused():
+    with pytest.raises(UserError, match="state_dict: .*conv_in.bias"):
+        check.compare_unet(UNET, _of_unet(UNET), state_dict={"x": np.zeros(1)})
+
+
+def test_without_torch_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(UserError, match=r"torch.*ldm_jax\[parity\]"):
+        check.compare_unet(UNET, _of_unet(UNET))
+
+
+def test_a_run_becomes_a_table(tmp_path, capsys):
+    runs.untrained(tmp_path, runs.debug())
+    table = of_runs.check(loaded.load(tmp_path))
+    assert capsys.readouterr().out == table + "\n"
+    assert "| autoencoder | decoder/conv_out |" in table
+    assert "| unet | mid_attn |" in table
+    assert "not compared: there is no reference for a TextTransformer" in table
+    assert "differs" not in table
+
+
+def test_the_first_block_that_is_off_is_told():
+    rows = [
+        check.Row("conv_in", 1e-6, 1e-7, 1.0),
+        check.Row("down_0_res_0", 0.02, 1e-3, 10.0),
+        check.Row("mid_attn", float("nan"), 1e-3, 1.0),
+    ]
+    assert of_runs.first_wrong(rows).block == "down_0_res_0"
+    assert of_runs.first_wrong(rows[:1]) is None
+    assert of_runs.first_wrong(rows[2:]).block == "mid_attn"
