@@ -47,7 +47,7 @@ def compare_unet(
     came from; else their export. Latents of side `size` and conditions are random.
     UserError where torch or diffusers is missing, or diffusers has no such net.
     """
-    torch, diffusers, _ = _libraries()
+    torch, diffusers, _ = libraries()
     size = size or max(8, 2 ** (len(net.channel_mult) - 1))
     config = write_config.unet_of(net, size)
     rng = np.random.default_rng(seed)
@@ -81,7 +81,7 @@ def compare_autoencoder(
 
     The picture, of side `size`, is random; both decoders see our encoder's latent.
     """
-    _, diffusers, _ = _libraries()
+    _, diffusers, _ = libraries()
     size = size or 8 * 2 ** (len(getattr(net, "ch_mult", ())) - 1)
     config = write_config.autoencoder_of(net, 1.0, size)
     x = _normal(np.random.default_rng(seed), 2, size, size, net.in_channels)
@@ -116,7 +116,7 @@ def compare_clip_text(
 
     `state_dict` is in the keys of transformers, and may have more in it.
     """
-    torch, _, transformers = _libraries()
+    torch, _, transformers = libraries()
     whole = net.clone(depth=net.blocks, layer="last", final_norm=True, normalize=False)
     config = write_config.clip_text_of(whole)
     tokens = np.random.default_rng(seed).integers(
@@ -140,8 +140,8 @@ def compare_clip_text(
     )
 
 
-def _libraries():
-    """torch, diffusers and transformers, which nothing else here imports."""
+def libraries() -> tuple[Any, Any, Any]:
+    """torch, diffusers and transformers; UserError where one is missing."""
     try:
         import diffusers
         import torch

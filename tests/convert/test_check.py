@@ -175,6 +175,8 @@ def test_without_torch_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"torch.*ldm_jax\[parity\]"):
         check.compare_unet(UNET, _of_unet(UNET))
+    with pytest.raises(UserError, match=r"torch.*ldm_jax\[parity\]"):
+        of_runs.check(None)
 
 
 def test_a_run_becomes_a_table(tmp_path, capsys):
