@@ -12,15 +12,14 @@ from ldm_jax.config import UserError
 from ldm_jax.convert import diffusers
 from ldm_jax.nets import autoencoder, clip_vision, text_encoder, unet
 
-_COMPVIS = "export it in the layout 'compvis'"
-
 
 def _refuse(net: Any, faults: dict[str, str]) -> None:
     """UserError for the first of `faults`, {field: what diffusers has instead}."""
-    for field, instead in faults.items():
+    if faults:
+        field, instead = next(iter(faults.items()))
         raise UserError(
-            f"{field}: {getattr(net, field)!r} is not in diffusers, which"
-            f" {instead}; {_COMPVIS}"
+            f"{field}: {getattr(net, field)!r} is not in diffusers, which {instead};"
+            " export it in the layout 'compvis'"
         )
 
 

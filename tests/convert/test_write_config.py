@@ -1,5 +1,7 @@
 """config.json for our nets: diffusers and transformers load what is exported."""
 
+import json
+
 import flax
 import jax
 import numpy as np
@@ -63,7 +65,7 @@ def _tensor(array):
 
 def _comes_back(net, variables, config, layout="diffusers"):
     state = convert.export_network(net, variables, layout)
-    again, values = convert.import_network(state, config)
+    again, values = convert.import_network(state, json.loads(json.dumps(config)))
     assert again == net
     jax.tree.map(np.testing.assert_array_equal, values, variables)
 
