@@ -142,6 +142,7 @@ def both_stages() -> ConfigDict:
             rank=None,  # None trains the nets themselves
             alpha=None,  # None takes the rank
             targets=None,  # pattern of kernels' paths; None takes the UNet's attention
+            init_from=None,  # a LoRA's file, whose factors are trained on
         )
     )
     config.diffusion_stage.loss = ConfigDict(

@@ -5,6 +5,7 @@ Needs no TensorFlow, no torch, and nothing that only training needs.
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -15,11 +16,11 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
+from ldm_jax import convert, lora, picture
 from ldm_jax import draw as draw_lib
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import frozen as frozen_lib
 from ldm_jax import inputs as inputs_lib
-from ldm_jax import lora, picture
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
@@ -42,6 +43,7 @@ class LoadedModel:
     step: int
     tokenizers: Mapping[str, Any]
     classifier: Any = None  # params of the classifier of noisy latents, if trained
+    factors: Any = None  # of low rank, already in `params`, if a run trained them
 
     @property
     def fields(self) -> tuple[str, ...]:
@@ -195,6 +197,48 @@ class LoadedModel:
             seed=seed,
         )
 
+    def with_lora(
+        self,
+        lora_file: str | os.PathLike | Mapping[str, Any],
+        scale: float = 1.0,
+    ) -> "LoadedModel":
+        """This model with a LoRA of diffusers, PEFT or kohya added to its UNet.
+
+        `lora_file` is a file or a state dict, `scale` how strongly it is added.
+        Raises UserError where it is none of this UNet.
+        """
+        factors, rank, alpha = convert.import_lora(self.model.unet, lora_file)
+        unet = lora.add(self.params["unet"], factors, scale * alpha / rank)
+        unet = jax.tree.map(jnp.asarray, unet)
+        return dataclasses.replace(self, params={**self.params, "unet": unet})
+
+    def save_lora(self, path: str | os.PathLike) -> None:
+        """Writes the factors that this run trained as diffusers reads them.
+
+        `path` is a new .safetensors file, written whole or not at all. Raises UserError
+        for a run without factors, or with those of more than the UNet.
+        """
+        path = pathlib.Path(path)
+        if self.factors is None:
+            raise UserError(
+                f"path: {path}, but this run trained no factors; train with"
+                " diffusion_stage.lora.rank"
+            )
+        others = sorted(set(self.factors) - {"unet"})
+        if others:
+            raise UserError(
+                f"path: {path}, but this run trained factors of {', '.join(others)}"
+                " too, which such a file has no names for; keep lora.targets to unet/"
+            )
+        if path.suffix != ".safetensors":
+            raise UserError(f"path: {path}; give a name that ends in .safetensors")
+        if path.exists():
+            raise UserError(f"path: {path} is there already; give another name")
+        settings = self.config.diffusion_stage.lora
+        rank, alpha = settings.rank, settings.alpha or settings.rank
+        state = convert.export_lora(self.model.unet, self.factors["unet"], rank, alpha)
+        frozen_lib.write_params(path, state)
+
     def _prepare(self, prompts, inputs, count, size, strength, noise):
         """(model of this size, prepared fields, start, how many, their classes)."""
         inputs = dict(inputs or {})
@@ -306,7 +350,9 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
     abstract = jax.eval_shape(lora.initializer(config, init), jax.random.key(0))
     saved = checkpoint.Checkpoints(workdir / "diffusion")
     params, meta = saved.load_averaged(checkpoint.single_device(abstract))
+    factors = None
     if lora.is_on(config):
+        factors = params
         base = frozen_lib.read_params(workdir_lib.base_path(workdir))
         params = lora.merge(config.diffusion_stage.lora, base, params)
     classifier = None
@@ -320,4 +366,6 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
     # What was read by numpy would go to the device again with every call.
     params, first_stage = jax.tree.map(jnp.asarray, (params, first_stage))
     step = meta["step"]
-    return LoadedModel(config, model, params, first_stage, step, tokenizers, classifier)
+    return LoadedModel(
+        config, model, params, first_stage, step, tokenizers, classifier, factors
+    )

@@ -2,7 +2,10 @@
 
 A kernel W becomes W + (alpha / rank) a b (Hu et al. 2021, eq. 3). With a
 […, in, rank] and b [rank, out] that holds for dense layers and convolutions alike; b
-begins at zero, so that at first nothing is changed.
+begins at zero, so that at first nothing is changed. `diffusion_stage.lora.targets` is
+searched in the kernels' paths: `attn[12]/to_|res_[0-9]/conv[12]` takes the residual
+blocks' convolutions too. `lora.init_from` names a file of diffusers, PEFT or kohya
+whose factors are trained on.
 """
 
 import re
@@ -14,8 +17,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
+from ldm_jax import convert
 from ldm_jax.config import UserError
+from ldm_jax.nets import unet as unet_lib
 
 TARGETS = r"attn[12]/to_(q|k|v|out)/kernel"
 
@@ -28,6 +34,12 @@ def is_on(config: ml_collections.ConfigDict) -> bool:
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError where there is nothing to adapt, or by a wrong rank."""
     if not is_on(config):
+        source = config.diffusion_stage.get("lora", {}).get("init_from")
+        if source:
+            raise UserError(
+                f"diffusion_stage.lora.init_from: {source!r}, but no factors are"
+                " trained; set diffusion_stage.lora.rank to its rank"
+            )
         return
     rank = config.diffusion_stage.lora.rank
     if rank < 1:
@@ -86,10 +98,46 @@ def merge(
     factors: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The nets' params: `base` with the products of the factors added."""
+    return add(base, factors, (settings.alpha or settings.rank) / settings.rank)
+
+
+def add(
+    base: Mapping[str, Any], factors: Mapping[str, Any], scale: float
+) -> dict[str, Any]:
+    """`base` params with `scale` times the products of the factors added."""
     params = flax.traverse_util.flatten_dict(dict(base), sep="/")
     flat = flax.traverse_util.flatten_dict(dict(factors), sep="/")
-    scale = (settings.alpha or settings.rank) / settings.rank
     for path in {name.rpartition("/")[0] for name in flat}:
         change = jnp.matmul(flat[f"{path}/a"], flat[f"{path}/b"])
         params[path] = params[path] + jnp.float32(scale) * change
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def start(settings: ml_collections.ConfigDict, unet: unet_lib.UNet, fresh: Any) -> Any:
+    """`fresh` factors with those of the file `settings.init_from` in their places.
+
+    Where the file's alpha is another, b is scaled. UserError where the ranks differ,
+    or the file has factors of a kernel that `settings.targets` leaves out.
+    """
+    option = f"diffusion_stage.lora.init_from: {settings.init_from!r}"
+    try:
+        factors, rank, alpha = convert.import_lora(unet, settings.init_from)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
+    if rank != settings.rank:
+        raise UserError(
+            f"{option} is of rank {rank}, diffusion_stage.lora.rank of {settings.rank};"
+            f" set the latter to {rank}"
+        )
+    ratio = np.float32(alpha / (settings.alpha or settings.rank))
+    found = flax.traverse_util.flatten_dict({"unet": factors}, sep="/")
+    started = flax.traverse_util.flatten_dict(dict(fresh), sep="/")
+    for path, value in found.items():
+        if path not in started:
+            kernel = path.rpartition("/")[0]
+            raise UserError(
+                f"{option} has factors of {kernel}, which diffusion_stage.lora.targets"
+                " leaves out; give a pattern that is in its path too"
+            )
+        started[path] = value * ratio if path.endswith("/b") else value
+    return flax.traverse_util.unflatten_dict(started, sep="/")

@@ -1,4 +1,4 @@
-"""Networks of PyTorch and back: `import_network` and `export_network`."""
+"""Networks of PyTorch and back, `import_network` and `export_network`; LoRA too."""
 
 import os
 from collections.abc import Mapping
@@ -26,3 +26,22 @@ def export_network(
     from ldm_jax.convert import networks
 
     return networks.export_network(module, variables, layout)
+
+
+def import_lora(
+    unet: "nn.Module",
+    state_dict_or_path: "Mapping[str, Any] | str | os.PathLike",
+) -> tuple[dict[str, Any], int, float]:
+    """A UNet's factors, rank and alpha from a LoRA; as `lora_files` has it."""
+    from ldm_jax.convert import lora_files
+
+    return lora_files.import_lora(unet, state_dict_or_path)
+
+
+def export_lora(
+    unet: "nn.Module", factors: Mapping[str, Any], rank: int, alpha: float
+) -> "dict[str, np.ndarray]":
+    """The state dict of such factors for diffusers; as `lora_files` has it."""
+    from ldm_jax.convert import lora_files
+
+    return lora_files.export_lora(unet, factors, rank, alpha)

@@ -99,14 +99,14 @@ def _state_dict(source) -> dict[str, np.ndarray]:
     if isinstance(source, str | os.PathLike):
         source = files.read(pathlib.Path(source).expanduser(), "state_dict_or_path")
     source = source.get("state_dict", source)
-    return {key: _array(value) for key, value in source.items() if _is_array(value)}
+    return {key: as_array(value) for key, value in source.items() if _is_array(value)}
 
 
 def _is_array(value) -> bool:
     return hasattr(value, "shape") and hasattr(value, "dtype")
 
 
-def _array(value) -> np.ndarray:
+def as_array(value) -> np.ndarray:
     if hasattr(value, "detach"):  # a tensor of torch, which is not imported here
         value = value.detach().cpu()
         if "bfloat16" in str(value.dtype):  # numpy knows no such tensor
@@ -182,7 +182,7 @@ def plan_of(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> compvis.P
         )
     match net:
         case unet.UNet():
-            return _unet_plan(net, layout)
+            return unet_plan(net, layout)
         case autoencoder.Autoencoder():
             return _autoencoder_plan(net, layout)
         case encoder_unet.EncoderUNet():
@@ -215,7 +215,7 @@ def _layouts(net: nn.Module) -> tuple[str, ...]:
     return ("compvis",)
 
 
-def _unet_plan(net: unet.UNet, layout: str) -> compvis.Plan:
+def unet_plan(net: unet.UNet, layout: str) -> compvis.Plan:
     plan = compvis.unet_plan(net)
     if layout == "compvis":
         return plan

@@ -44,6 +44,10 @@ def prepare(
     shapes = jax.eval_shape(init, jax.random.key(0))
     if is_due(config, workdir):
         check(config, shapes)
+        settings = config.diffusion_stage.lora
+        if lora.is_on(config) and settings.get("init_from"):
+            factors = lora.initializer(config, init)(jax.random.key(0))
+            lora.start(settings, model.unet, factors)
     return load_base(config, workdir, shapes) if lora.is_on(config) else None
 
 

@@ -260,6 +260,8 @@ def make_stage(
     start = None
     if base is not None:
         frozen["base"] = base
+        if section.lora.get("init_from"):
+            start = partial(lora.start, section.lora, model.unet)
     elif config.get("init_from"):
         start = partial(finetune.start, config)
     return stage_lib.of_loss(

@@ -1,0 +1,303 @@
+"""Factors of low rank in the layouts of diffusers (PEFT) and kohya, and back.
+
+Here a kernel [..., in, out] has the factors a [..., in, rank] and b [rank, out] that
+`ldm_jax.lora` trains; there its module has two small layers, which lie in torch as the
+module's own kernel does. So their names and layouts come from the UNet's rules. Where
+q, k and v are one kernel here and three modules there, b is their three side by side.
+"""
+
+import json
+import math
+import os
+import pathlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import flax
+import numpy as np
+import safetensors
+
+from ldm_jax.config import UserError
+from ldm_jax.convert import compvis, files, networks
+from ldm_jax.nets import unet as unet_lib
+
+METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config, as JSON
+_KEYS = (
+    re.compile(r"(.+)\.(lora_A|lora_B)(?:\.default\w*)?\.weight"),  # PEFT
+    re.compile(r"(.+)\.lora[._](down|up)\.weight"),  # diffusers to 0.20; kohya
+    re.compile(r"(.+)_lora\.(down|up)\.weight"),  # processors, diffusers to 0.17
+    re.compile(r"(.+)\.(alpha)"),
+)
+_PART = {"lora_A": "a", "down": "a", "lora_B": "b", "up": "b", "alpha": "alpha"}
+_OTHERS = ("text_encoder", "lora_te")
+
+
+class _Module(NamedTuple):
+    """A module of torch: its kernel here, and how its two layers lie there."""
+
+    key: str
+    path: str
+    a: compvis.Layout
+    b: compvis.Layout
+    third: int | None = None  # which of q, k and v, where one kernel is all three
+
+
+def export_lora(
+    unet: unet_lib.UNet, factors: Mapping[str, Any], rank: int, alpha: float
+) -> dict[str, np.ndarray]:
+    """Factors of a UNet under diffusers' keys, `unet.….lora_A.weight` and `lora_B`.
+
+    `factors` are nested like the UNet's params, each kernel {"a", "b"}. Readers take a
+    file's rank for its alpha unless metadata say otherwise, so alpha / rank goes into
+    lora_B (exactly where it is a power of two). UserError in one line where diffusers
+    has no such UNet, or a kernel is not the UNet's.
+    """
+    modules: dict[str, list[_Module]] = {}
+    for module in _modules(*networks.unet_plan(unet, "diffusers")[:2]):
+        modules.setdefault(module.path, []).append(module)
+    state = {}
+    for path, (a, b) in sorted(_pairs(factors).items()):
+        if path not in modules:
+            raise UserError(f"factors: the UNet has no {path}; give those of this UNet")
+        if a.shape[-1] != rank or b.shape[0] != rank:
+            raise UserError(
+                f"rank: {rank}, but {path} has factors {a.shape} and {b.shape}; give"
+                " their rank"
+            )
+        b = b if alpha == rank else b * np.float32(alpha / rank)
+        for module in modules[path]:
+            there = module.b.to_torch(b)
+            if module.third is not None:
+                there = np.split(there[..., 0], 3)[module.third]
+            name = f"unet.{module.key}"
+            state[f"{name}.lora_A.weight"] = np.ascontiguousarray(module.a.to_torch(a))
+            state[f"{name}.lora_B.weight"] = np.ascontiguousarray(there)
+    return state
+
+
+def import_lora(
+    unet: unet_lib.UNet, state_dict_or_path: Mapping[str, Any] | str | os.PathLike
+) -> tuple[dict[str, Any], int, float]:
+    """(factors, rank, alpha) of a UNet from a LoRA's state dict or a file of one.
+
+    Takes diffusers' keys (today's, `.lora.down.weight`, `.processor.to_q_lora.…`) with
+    or without `unet.`, and kohya's (`lora_unet_…`, of either naming of blocks). An
+    alpha that is neither among the keys nor in a file's metadata is the rank. Modules
+    that differ get zeros up to the highest rank and, if their scales do, these go into
+    b; else every number is kept. Factors of text encoders are left out with a warning.
+    UserError in one line for other keys and wrong shapes.
+    """
+    state, metadata = _read(state_dict_or_path)
+    modules = _known(unet)
+    found: dict[str, dict[str, np.ndarray]] = {}
+    named: dict[str, _Module] = {}
+    left = 0
+    for key, value in state.items():
+        if key.startswith(_OTHERS):
+            left += 1
+            continue
+        name, part = _parsed(key)
+        module = modules.get(name)
+        if module is None:
+            raise UserError(
+                f"{key}: of shape {np.shape(value)}, but the UNet has no such module;"
+                " give a LoRA of this UNet's kind"
+            )
+        named[name] = module
+        value = np.asarray(value)
+        if part != "alpha" and not np.issubdtype(value.dtype, np.floating):
+            raise UserError(f"{key}: of {value.dtype}; give floats")
+        value = value if part == "alpha" else value.astype(np.float32)
+        found.setdefault(name, {})[part] = value
+    if left:
+        warnings.warn(
+            f"{left} arrays of text encoders are left out: only the UNet takes factors"
+            " from files",
+            stacklevel=2,
+        )
+    if not found:
+        raise UserError("state_dict_or_path: it has no factors of a UNet; give a LoRA")
+    kernels: dict[str, list[tuple]] = {}
+    plan = networks.unet_plan(unet, "compvis")
+    for name, parts in found.items():
+        module = named[name]
+        entry = _entry(name, module, parts, metadata, plan.shapes)
+        group = kernels.setdefault(module.path, [])
+        if any(module.third == other.third for other, *_ in group):
+            raise UserError(
+                f"{name}: factors of {module.path} are there twice; keep one"
+            )
+        group.append(entry)
+    joined = {path: _joined(group) for path, group in kernels.items()}
+    return _uniform(joined)
+
+
+# --- modules
+
+
+def _modules(
+    rules: Iterable[compvis.Rule], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[_Module]:
+    for rule in rules:
+        if not rule.path.endswith("/kernel"):
+            continue
+        key, layout = rule.key.removesuffix(".weight"), rule.layout
+        if "attentions." in key and key.endswith(".qkv"):
+            for i, x in enumerate("qkv"):
+                name = f"{key.removesuffix('qkv')}to_{x}"
+                yield _Module(name, rule.path, compvis.LINEAR, layout, i)
+            continue
+        # The second layer of a convolution is one of a single pixel.
+        second = compvis.POINTWISE_2D if layout is compvis.CONV else layout
+        yield _Module(key, rule.path, layout, second)
+
+
+def _known(unet: unet_lib.UNet) -> dict[str, _Module]:
+    """Modules by diffusers' names and by CompVis's, with dots and as kohya has them."""
+    known = {}
+    for layout in ("compvis", "diffusers"):
+        rules, shapes, _ = networks.unet_plan(unet, layout)
+        for module in _modules(rules, shapes):
+            known[module.key] = known[module.key.replace(".", "_")] = module
+    return known
+
+
+def _parsed(key: str) -> tuple[str, str]:
+    """(module, which of its arrays) of a key; UserError if it is none of a LoRA."""
+    for pattern in _KEYS:
+        match = pattern.fullmatch(key)
+        if match:
+            break
+    else:
+        raise UserError(
+            f"{key}: no key of a LoRA that is known here (lora_A and lora_B, lora.down"
+            " and lora.up, lora_down and lora_up, alpha); leave it out"
+        )
+    name = match[1].removeprefix("unet.").removeprefix("lora_unet_")
+    if ".processor." in name:
+        name = re.sub(r"\.processor\.", ".", name)
+        name = re.sub(r"\.to_out$", ".to_out.0", name)
+    return name, _PART[match[2]]
+
+
+def _pairs(factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    flat = flax.traverse_util.flatten_dict(dict(factors), sep="/")
+    flat = {path: np.asarray(value, np.float32) for path, value in flat.items()}
+    paths = {path.rpartition("/")[0] for path in flat}
+    return {path: (flat[f"{path}/a"], flat[f"{path}/b"]) for path in paths}
+
+
+# --- what a file has
+
+
+def _read(source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays, and what the metadata of a file tell of PEFT's config."""
+    metadata = {}
+    if isinstance(source, str | os.PathLike):
+        path = pathlib.Path(source).expanduser()
+        source = files.read(path, "state_dict_or_path")
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, "np") as file:
+                metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+        metadata = {k.removeprefix("unet."): v for k, v in metadata.items()}
+    return {k: networks.as_array(v) for k, v in source.items()}, metadata
+
+
+def _entry(
+    name: str,
+    module: _Module,
+    parts: Mapping[str, np.ndarray],
+    metadata: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[_Module, np.ndarray, np.ndarray, Fraction]:
+    """(module, a, b, alpha / rank), a as it is here and b too unless it is a third."""
+    for part in "ab":
+        if part not in parts:
+            other = "first" if part == "a" else "second"
+            raise UserError(f"{name}: its {other} factor is missing; give a whole file")
+    *inner, out = shapes[module.path]
+    a, b = parts["a"], parts["b"]
+    if module.third is None:
+        wide, b_layout = out, module.b
+    else:
+        wide, b_layout = out // 3, compvis.LINEAR
+    rank = a.shape[0] if a.ndim else 0
+    wanted = {
+        "a": module.a.to_torch(np.zeros((*inner, rank), bool)).shape,
+        "b": b_layout.to_torch(np.zeros((rank, wide), bool)).shape,
+    }
+    for part, shape in wanted.items():
+        if parts[part].shape != shape or not rank:
+            which = "first" if part == "a" else "second"
+            raise UserError(
+                f"{name}: its {which} factor is of shape {parts[part].shape}, the"
+                f" UNet's kernel takes {shape}; give a LoRA of a UNet of these widths"
+            )
+    if "alpha" in parts:
+        if parts["alpha"].size != 1:
+            raise UserError(
+                f"{name}.alpha: of shape {parts['alpha'].shape}; give one number"
+            )
+        alpha = float(parts["alpha"].reshape(()))
+    else:
+        alpha = _alpha(module.key, rank, metadata)
+    if not math.isfinite(alpha):
+        raise UserError(f"{name}: its alpha is {alpha}; give a number")
+    return module, module.a.to_flax(a), b_layout.to_flax(b), Fraction(alpha) / rank
+
+
+def _alpha(key: str, rank: int, metadata: Mapping[str, Any]) -> float:
+    """PEFT's alpha of a module; a file without metadata has the rank."""
+    alpha = metadata.get("lora_alpha", rank)
+    for pattern, value in metadata.get("alpha_pattern", {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", key):  # as PEFT looks it up
+            alpha = value
+            break
+    if metadata.get("use_rslora"):  # divides by the root of the rank
+        alpha = alpha * math.sqrt(rank)
+    return float(alpha)
+
+
+# --- one rank, one alpha
+
+
+def _joined(group: list) -> tuple[np.ndarray, np.ndarray, Fraction]:
+    """(a, b, scale) of one kernel, from one module or from q, k and v."""
+    module, first, b, scale = group[0]
+    if module.third is None:
+        return first, b, scale
+    if len({own for *_, own in group}) > 1:
+        group = [(m, a, _times(b, own), Fraction(1)) for m, a, b, own in group]
+        scale = Fraction(1)
+    # Ours share one a; those of others are three, each with its own rows of the rank.
+    shared = all(np.array_equal(a, first) for _, a, _, _ in group)
+    a = first if shared else np.concatenate([a for _, a, _, _ in group], -1)
+    wide = b.shape[-1]
+    packed, at = np.zeros((3 * wide, a.shape[-1]), np.float32), 0
+    for part, own, b, _ in group:
+        rank = own.shape[-1]
+        packed[part.third * wide : (part.third + 1) * wide, at : at + rank] = b.T
+        at += 0 if shared else rank
+    return a, module.b.to_flax(packed[..., None]), scale
+
+
+def _uniform(joined: Mapping[str, tuple]) -> tuple[dict[str, Any], int, float]:
+    rank = max(a.shape[-1] for a, _, _ in joined.values())
+    scales = {scale for _, _, scale in joined.values()}
+    one = scales.pop() if len(scales) == 1 else None
+    flat = {}
+    for path, (a, b, scale) in joined.items():
+        more = rank - a.shape[-1]
+        b = b if one is not None else _times(b, scale)
+        a = np.pad(a, [(0, 0)] * (a.ndim - 1) + [(0, more)])
+        flat[f"{path}/a"] = np.ascontiguousarray(a)
+        flat[f"{path}/b"] = np.ascontiguousarray(np.pad(b, [(0, more), (0, 0)]))
+    alpha = float(rank * (Fraction(1) if one is None else one))
+    return flax.traverse_util.unflatten_dict(flat, sep="/"), rank, alpha
+
+
+def _times(b: np.ndarray, scale: Fraction) -> np.ndarray:
+    return b if scale == 1 else b * np.float32(float(scale))
