@@ -80,7 +80,8 @@ def write_params(path: pathlib.Path, params: Any) -> None:
 
 def read_params(path: pathlib.Path) -> dict[str, Any]:
     """What `write_params` stored; UserError where it is gone or damaged."""
-    flat = files.read_safetensors(path, "--workdir")
+    # Read whole: the file may be replaced while the params are in use.
+    flat = {k: x.copy() for k, x in files.read_safetensors(path, "--workdir").items()}
     return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 

@@ -121,6 +121,15 @@ def test_raw_weights_and_a_scale_of_the_file_s_own(tmp_path, made):
     assert max(jax.tree.leaves(difference)) < 1e-6
 
 
+def test_every_block_is_compared_where_torch_is(tmp_path, made, capsys):
+    pytest.importorskip("diffusers")
+    _convert(tmp_path, made, "--check")
+    said = capsys.readouterr().out
+    for net in ("unet | conv_in", "autoencoder | encoder"):
+        assert f"| {net}" in said
+    assert "differs" not in said
+
+
 @pytest.mark.parametrize(
     ("flags", "changes", "words"),
     [
@@ -129,6 +138,11 @@ def test_raw_weights_and_a_scale_of_the_file_s_own(tmp_path, made):
         (("--config.unet.model_channels=64",), {}, "the UNet is not that of --config"),
         ((), {"model_ema.diffusion_modelout2bias": None}, "average lacks 1 arrays"),
         ((), {"first_stage_model.quant_conv.bias": np.zeros(3)}, "the autoencoder is"),
+        (
+            (),
+            {"model_ema.diffusion_modelout2bias": np.full(8, np.nan, np.float16)},
+            "out.2.bias (float16) has 8 of 8 numbers that are infinite or NaN",
+        ),
         ((), {"cond_stage_model.more": np.zeros(3)}, "conditioners.text is not that"),
         (("--config.diffusion.linear_end=0.02",), {}, "diffusion: alphas_cumprod has"),
         (("--config.diffusion_stage.loss.learn_logvar=True",), {}, "SRC has no logvar"),

@@ -30,6 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--scale_factor", type=float, help="of latents, where the file has none"
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare every block with torch's and diffusers', which must be installed",
+    )
     args, rest = parser.parse_known_args(argv)
     with config_lib.exit_on_user_error():
         convert(args, rest)
@@ -37,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """What the command does; raises UserError before anything is written."""
-    from ldm_jax import frozen, model, released
+    from ldm_jax import check, frozen, loaded, model, released
+    from ldm_jax.convert import check as blocks
 
     config_lib.setup_logging()
     workdir = pathlib.Path(args.dst)
@@ -45,6 +51,8 @@ def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
         raise UserError(f"DST: {workdir} is there already; name another")
     if args.scale_factor is not None and not args.scale_factor > 0:
         raise UserError(f"--scale_factor: {args.scale_factor}; give one above 0")
+    if args.check:
+        blocks.libraries()
     for word in rest:
         if not word.startswith("--config."):
             raise UserError(
@@ -67,6 +75,8 @@ def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
     )
     released.write(workdir, config, nets, tokenizer_of, parts)
     print(f"{args.src} as {config.preset} in {workdir}")
+    if args.check:
+        check.check(loaded.load(workdir))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ldm_jax.convert import mapped
 from ldm_jax.nets import autoencoder, text_encoder, unet
 
 
@@ -90,38 +91,81 @@ def abstract_params(net: nn.Module, *args, **kwargs) -> dict[str, tuple[int, ...
     return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def convert(state_dict: Mapping[str, np.ndarray], plan: Plan) -> dict[str, Any]:
+def convert(
+    state_dict: Mapping[str, np.ndarray],
+    plan: Plan,
+    *,
+    place: Callable[[str, np.ndarray], Any] | None = None,
+    missing: list[str] | None = None,
+) -> dict[str, Any]:
     """Reads a state dict by a plan; returns nested float32 params.
+
+    One array after the other is read, given to `place(path, array)`, which may put it
+    on devices, and let go. A list of `missing` is given the paths that the state dict
+    has no arrays for; without one they are an error.
 
     Raises ValueError that lists, in three groups, the keys which are missing, have
     another shape than the net, or are left over and not `plan.beside`; and says what
-    the likely cause is.
+    the likely cause is. It is raised before anything is read. So is, later, what is
+    not a number.
     """
-    params, unused, missing, misshaped = {}, set(state_dict), [], []
+    unused, absent, misshaped, found = set(state_dict), [], [], []
     for rule in plan.rules:
         if rule.key not in state_dict:
-            missing.append(f"{rule.key} (for {rule.path})")
+            absent.append(rule)
             continue
         unused.discard(rule.key)
-        array = np.asarray(state_dict[rule.key], np.float32)
-        value = array
-        try:
-            if rule.part is not None:
-                index, count = rule.part
-                value = np.split(array, count)[index]
-            value = rule.layout.to_flax(value)
-        except (IndexError, ValueError):  # too few axes, or not to be split
-            pass
-        if value.shape != plan.shapes[rule.path]:
+        shape, wanted = np.shape(state_dict[rule.key]), plan.shapes[rule.path]
+        if _shape_here(rule, shape) != wanted:
             misshaped.append(
-                f"{rule.key} of shape {array.shape} does not fit {rule.path} of shape"
-                f" {plan.shapes[rule.path]}"
+                f"{rule.key} of shape {shape} does not fit {rule.path} of shape"
+                f" {wanted}"
             )
-        params[rule.path] = value
+        found.append(rule)
+    if missing is not None:
+        missing += [rule.path for rule in absent]
+        absent = []
+    lacking = [f"{rule.key} (for {rule.path})" for rule in absent]
     unknown = [key for key in sorted(unused) if not re.fullmatch(plan.beside, key)]
-    if missing or misshaped or unknown:
-        raise ValueError(_misfit(len(params), missing, misshaped, unknown))
+    if lacking or misshaped or unknown:
+        raise ValueError(_misfit(len(found), lacking, misshaped, unknown))
+    params = {}
+    for rule in found:
+        value = _array_here(rule, state_dict[rule.key])
+        _check_finite(rule.key, state_dict[rule.key], value)
+        params[rule.path] = value if place is None else place(rule.path, value)
+        mapped.forget(state_dict[rule.key])
     return flax.traverse_util.unflatten_dict(params, sep="/")
+
+
+def _array_here(rule: Rule, array: np.ndarray) -> np.ndarray:
+    """What a rule makes of torch's array, in float32; a view where it can be."""
+    array = np.asarray(array, np.float32)
+    if rule.part is not None:
+        index, count = rule.part
+        array = np.split(array, count)[index]
+    return rule.layout.to_flax(array)
+
+
+def _shape_here(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """The shape that a rule makes of torch's; None where it can make nothing of it."""
+    try:
+        return _array_here(rule, np.broadcast_to(np.float32(0), shape)).shape
+    except (IndexError, ValueError):  # too few axes, or not to be split
+        return None
+
+
+def _check_finite(key: str, given: np.ndarray, value: np.ndarray) -> None:
+    """Raises ValueError for what is not a number, which half precision may hold."""
+    # A sum is quick, and finite numbers whose sum is not are looked at again.
+    with np.errstate(over="ignore", invalid="ignore"):
+        if np.isfinite(np.sum(value)) or np.all(np.isfinite(value)):
+            return
+    count = np.count_nonzero(~np.isfinite(value))
+    raise ValueError(
+        f"{key} ({given.dtype}) has {count} of {value.size} numbers that are infinite"
+        " or NaN; take a sound file, in float32 if this was made by halving one"
+    )
 
 
 _LISTED = 8  # keys of a group; hundreds would hide the cause

@@ -4,13 +4,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors import numpy as safetensors_numpy
+import safetensors
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import torch_archive, towers
+from ldm_jax.convert import mapped, torch_archive, towers
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 
@@ -35,17 +33,17 @@ def read(path: pathlib.Path, option: str) -> dict[str, Any]:
 
 
 def read_safetensors(path: pathlib.Path, option: str) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file, bfloat16 as float32."""
+    """The arrays of a .safetensors file, read-only, read where and when they are used.
+
+    UserError names `option` where the file is damaged.
+    """
     try:
-        arrays = safetensors_numpy.load_file(path)
-    except (SafetensorError, OSError, AttributeError, TypeError) as error:
-        # AttributeError or TypeError: a dtype that numpy has not.
+        with safetensors.safe_open(path, "np"):  # checks its table against its size
+            pass
+        arrays, _ = mapped.read_safetensors(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{option}: {path} can't be read ({error!r}); give a whole file of float32"
             " or float16"
         ) from error
-    # To numpy bfloat16 is a dtype of somebody else, which not all of it can add up.
-    return {
-        k: v.astype(np.float32) if v.dtype == jnp.bfloat16 else v
-        for k, v in arrays.items()
-    }
+    return arrays

@@ -53,18 +53,42 @@ def import_network(
     and `read_config` say. `module.apply(variables, …)` takes NHWC. UserError in one
     line where the keys are of no network known here, or don't fit the config.
     """
-    state_dict = _state_dict(state_dict_or_path)
+    net, layout, state = recognised(_state_dict(state_dict_or_path), config)
+    variables = variables_of(net, layout, state)
+    return net, variables if _has_collections(net) else {"params": variables}
+
+
+def recognised(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """The module of a state dict, its key layout, and its arrays as rules have them."""
     config = _plain_config(config or {})
     kind, layout, state = recognise.recognise(state_dict, config)
-    state = _tidied(kind, layout, state)
-    layout = "huggingface" if layout == "midas" else layout
-    net = _module(kind, layout, state, config)
+    layout, state = _tidied(kind, layout, state)
+    return _module(kind, layout, state, config), layout, state
+
+
+def variables_of(
+    net: nn.Module,
+    layout: str,
+    state: Mapping[str, Any],
+    **options: Any,
+) -> dict[str, Any]:
+    """The variables of `net` from what `recognised` gave; for `options` see `convert`.
+
+    Of a net with params alone, these.
+    """
     plan = plan_of(net, layout, state)
     try:
-        variables = compvis.convert(state, plan)
+        return compvis.convert(state, plan, **options)
     except ValueError as error:
         raise UserError(f"{type(net).__name__}, layout {layout}: {error}") from error
-    return net, variables if _has_collections(net) else {"params": variables}
+
+
+def params_of(net: nn.Module, state_dict: Mapping[str, Any], **options: Any) -> dict:
+    """Params of `net`, whose options are known, from a state dict in any layout."""
+    kind, layout, state = recognise.recognise(state_dict)
+    return variables_of(net, *_tidied(kind, layout, state), **options)
 
 
 def export_network(
@@ -120,17 +144,18 @@ def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return dict(config)
 
 
-def _tidied(kind: str, layout: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state dict under the names that the rules have."""
+def _tidied(
+    kind: str, layout: str, state: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """The layout that rules are written for, and the state dict under their names."""
     if layout == "diffusers":
-        if kind == "unet":
-            return diffusers.pack(state)
-        return diffusers.modern(state)
+        tidy = diffusers.pack if kind == "unet" else diffusers.modern
+        return layout, tidy(state)
     if layout == "midas":
-        return depth.from_midas(state)
+        return "huggingface", depth.from_midas(state)
     if kind == "lpips":
-        return {pretrained.plain_lpips_key(k): v for k, v in state.items()}
-    return dict(state)
+        return layout, {pretrained.plain_lpips_key(k): v for k, v in state.items()}
+    return layout, dict(state)
 
 
 def _module(kind, layout, state, config) -> nn.Module:
