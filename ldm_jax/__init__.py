@@ -9,8 +9,18 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(workdir: str | os.PathLike) -> "LoadedModel":
-    """Loads a training run's newest checkpoint; `.sample(prompts)` draws from it."""
+def load(source: str | os.PathLike, config: str | None = None) -> "LoadedModel":
+    """A trained model; `.sample(prompts)` draws from it.
+
+    `source` is a run's workdir, of which the newest checkpoint is taken; or, with the
+    `config` that it is of ("configs/txt2img.py:sd1"), a released checkpoint, a folder
+    of diffusers or a hub id.
+    """
+    from ldm_jax import config as config_lib
     from ldm_jax import loaded
 
-    return loaded.load(workdir)
+    if config is None:
+        return loaded.load(source)
+    from ldm_jax import released
+
+    return released.load(os.fspath(source), config_lib.load(config))

@@ -1,9 +1,10 @@
-"""A released checkpoint of CompVis or Stability as a run of this package.
+"""A released model of CompVis, Stability or diffusers as a run of this package.
 
-Such a file holds the UNet, its average, the first stage, the conditions' nets and the
-buffers of the noise schedule in one state dict; a preset of configs/ says what they
-are. What comes out is a workdir like any other: `ldm_jax.load` and `python -m
-ldm_jax.sample` draw from it, `--config.init_from` finetunes it.
+A checkpoint holds the UNet, its average, the first stage, the conditions' nets and the
+buffers of the noise schedule in one state dict, a folder of diffusers each part by
+itself; a preset of configs/ says what they are. What comes out is a workdir like any
+other: `ldm_jax.load` and `python -m ldm_jax.sample` draw from it, `--config.init_from`
+finetunes it. `load` makes a model in memory of it without one.
 """
 
 import pathlib
@@ -13,29 +14,31 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from ldm_jax import config as config_lib
+from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import frozen as frozen_lib
+from ldm_jax import loaded as loaded_lib
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis, towers
+from ldm_jax.convert import networks, towers, whole
+from ldm_jax.convert.whole import FIRST_STAGE, UNET
 from ldm_jax.diffusion import schedules
 from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint
 
-UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 AVERAGE = "model_ema.diffusion_model"  # then the key without its dots
 # All that such a state dict may hold besides the nets and their averages.
 BUFFERS = (
     r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*"
     r"|lvlb_weights|scale_factor|logvar|model_ema\..*|loss\..*|low_scale_model\..*"
 )
-NETS = (UNET, FIRST_STAGE, "cond_stage_model.", "embedder.", "noise_augmentor.")
-NETS += ("depth_model.",)
+NETS = (UNET, FIRST_STAGE, *whole.CONDITIONS)
 # What latents were multiplied by, where the file does not say: by autoencoder.variant.
 SCALE_FACTORS = {"kl_f8": 0.18215, "sd": 0.18215, "sd_x4": 0.08333, "rdm": 0.22765929}
 
@@ -47,6 +50,24 @@ class Parts(NamedTuple):
     diffusion: dict[str, Any]
     encoders: dict[str, Any]  # of conditions whose nets are frozen
     scale_factor: float
+
+
+def open_source(source: str) -> whole.Whole:
+    """What a file, a folder of diffusers or a hub id of weights holds."""
+    path = pathlib.Path(source).expanduser()
+    if whole.is_folder(path):
+        return whole.read_folder(path, "SRC")
+    return whole.Whole(frozen_lib.read(source, "SRC"))
+
+
+def check_process(config: ml_collections.ConfigDict, source: whole.Whole) -> None:
+    """Raises UserError where the source says that its net predicts something else."""
+    ours, theirs = config.diffusion.parameterization, source.parameterization
+    if theirs is not None and theirs != ours:
+        raise UserError(
+            f"diffusion.parameterization: {ours!r}, but SRC's net predicts {theirs};"
+            f" set it to {theirs!r}"
+        )
 
 
 def read(
@@ -76,9 +97,9 @@ def read(
     diffusion = {
         "unet": _part(
             "the UNet",
-            compvis.unet_params,
-            _unet(state_dict, averaged),
+            _params_of,
             model.unet,
+            _unet(state_dict, averaged),
         ),
         "conditioners": {},
     }
@@ -102,14 +123,15 @@ def read(
     if not isinstance(model.autoencoder, autoencoder.Identity):
         first_stage["autoencoder"] = _part(
             "the autoencoder",
-            compvis.autoencoder_params,
-            _under(state_dict, FIRST_STAGE),
+            _params_of,
             model.autoencoder,
+            _under(state_dict, FIRST_STAGE),
         )
     if scale_factor is None:
         variant = config.autoencoder.get("variant")
         scale_factor = SCALE_FACTORS.get(variant, 1.0)
-        scale_factor = float(state_dict.get("scale_factor", scale_factor))
+        found = np.asarray(state_dict.get("scale_factor", scale_factor))
+        scale_factor = float(str(found[()]))  # 0.18215 also where it was a float32
     return Parts(first_stage, diffusion, encoders, scale_factor)
 
 
@@ -140,9 +162,13 @@ def _unet(state_dict: Mapping[str, np.ndarray], averaged: bool) -> dict[str, Any
     return {key: state_dict[average] for key, average in averages.items()}
 
 
+def _params_of(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """On the device array by array, so that no second copy of a net is held."""
+    return networks.params_of(net, state_dict, place=lambda _, x: jnp.array(x))
+
+
 def _condition(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    prefixes = ("cond_stage_model.", "embedder.", "noise_augmentor.", "depth_model.")
-    own = {k: v for k, v in state_dict.items() if k.startswith(prefixes)}
+    own = {k: v for k, v in state_dict.items() if k.startswith(whole.CONDITIONS)}
     return towers.params_of(net, own)
 
 
@@ -163,7 +189,7 @@ def _under(state_dict: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
 def _part(name: str, convert: Any, *args: Any) -> dict[str, Any]:
     try:
         return convert(*args)
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         words = str(error).splitlines()[0]
         raise UserError(
             f"SRC: {name} is not that of --config ({words:.300}); choose another preset"
@@ -183,11 +209,19 @@ def _check_schedule(state_dict: Mapping[str, np.ndarray], schedule: Any) -> None
         )
 
 
-def load_tokenizers(config: ml_collections.ConfigDict) -> dict[str, Any]:
-    """Those that the config names; none can be trained without captions."""
+def load_tokenizers(
+    config: ml_collections.ConfigDict, source: whole.Whole | None = None
+) -> dict[str, Any]:
+    """The source's own, else those that the config names.
+
+    None can be trained without captions.
+    """
     made = {}
     for name, section in config.conditioners.items():
         if "tokenizer" not in section:
+            continue
+        if source is not None and source.tokenizer is not None:
+            made[name] = tokenizers.load(source.tokenizer)
             continue
         if section.tokenizer.train_vocab_size:
             raise UserError(
@@ -197,6 +231,38 @@ def load_tokenizers(config: ml_collections.ConfigDict) -> dict[str, Any]:
             )
         made[name] = tokenizers.load(section.tokenizer.name)
     return made
+
+
+def open_parts(
+    source: str, config: ml_collections.ConfigDict, **options: Any
+) -> tuple[model_lib.LatentDiffusion, dict[str, Any], Parts]:
+    """(nets, tokenizers, params) of a released model; `options` are those of `read`."""
+    if "diffusion" not in config.stages:
+        raise UserError(
+            f"--config: {config.preset} has no diffusion stage; choose another"
+        )
+    found = open_source(source)
+    check_process(config, found)
+    tokenizer_of = load_tokenizers(config, found)
+    nets = model_lib.build(config, tokenizer_of)
+    return nets, tokenizer_of, read(found.arrays, config, nets, **options)
+
+
+def load(source: str, config: ml_collections.ConfigDict) -> loaded_lib.LoadedModel:
+    """A released model in memory, ready to draw; nothing is written."""
+    nets, tokenizer_of, parts = open_parts(source, config)
+    c = nets.latent_shape[-1]
+    first_stage = first_stage_lib.FirstStage(
+        params=parts.first_stage.get("autoencoder", {}),
+        mean=jnp.zeros(c),
+        std=jnp.full(c, 1 / parts.scale_factor, jnp.float32),
+        memory={},
+        encoders=jax.tree.map(jnp.array, parts.encoders),
+    )
+    steps = config.diffusion_stage.steps
+    return loaded_lib.LoadedModel(
+        config, nets, parts.diffusion, first_stage, steps, tokenizer_of
+    )
 
 
 def write(

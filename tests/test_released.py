@@ -13,7 +13,7 @@ from ldm_jax import config as config_lib
 from ldm_jax import released
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
-from ldm_jax.convert import compvis, towers
+from ldm_jax.convert import compvis, plans, towers
 from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint, finetune
 from ldm_jax.train import state as train_state
@@ -25,7 +25,7 @@ DEBUG = f"{runs.TXT2IMG}:debug"
 
 def _under(prefix, plan, params):
     """Params under torch's names."""
-    return {prefix + k: v for k, v in compvis.revert(params, plan.rules).items()}
+    return {prefix + k: v for k, v in plans.revert(params, plan.rules).items()}
 
 
 def _file_of(loaded):

@@ -1,8 +1,14 @@
 """python -m ldm_jax.convert SRC DST --config=configs/txt2img.py:sd2
 
-Makes a run of a released checkpoint of CompVis or Stability (.ckpt, .safetensors): DST
-is then a workdir for `python -m ldm_jax.sample`, `ldm_jax.load` and
-`--config.init_from`. The preset says what is in the file; every array must fit it.
+Makes a run of a released model: a checkpoint of CompVis or Stability (.ckpt,
+.safetensors) or a folder that diffusers has saved. DST is then a workdir for `python -m
+ldm_jax.sample`, `ldm_jax.load` and `--config.init_from`. The preset says what is in
+SRC; every array must fit it.
+
+python -m ldm_jax.convert RUN DST
+
+goes back: to a checkpoint in CompVis' layout where DST ends in .safetensors, else to a
+folder for diffusers.
 """
 
 import argparse
@@ -21,9 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("src", metavar="SRC", help="a file, or a hub id")
-    parser.add_argument("dst", metavar="DST", help="a workdir that is not there yet")
-    parser.add_argument("--config", required=True, help="FILE.py[:PRESET][,key=value]")
+    parser.add_argument("src", metavar="SRC", help="a file, folder, hub id or run")
+    parser.add_argument("dst", metavar="DST", help="a path where nothing is yet")
+    parser.add_argument("--config", help="FILE.py[:PRESET][,key=value]; none of a run")
     parser.add_argument(
         "--raw_weights", action="store_true", help="the UNet's own, not their average"
     )
@@ -42,13 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """What the command does; raises UserError before anything is written."""
-    from ldm_jax import check, frozen, loaded, model, released
+    from ldm_jax import check, loaded, publish, released, workdir
     from ldm_jax.convert import check as blocks
 
     config_lib.setup_logging()
-    workdir = pathlib.Path(args.dst)
-    if workdir.exists():
-        raise UserError(f"DST: {workdir} is there already; name another")
+    destination = pathlib.Path(args.dst)
+    if destination.exists():
+        raise UserError(f"DST: {destination} is there already; name another")
     if args.scale_factor is not None and not args.scale_factor > 0:
         raise UserError(f"--scale_factor: {args.scale_factor}; give one above 0")
     if args.check:
@@ -58,25 +64,37 @@ def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
             raise UserError(
                 f"{word}: no such flag; config fields are written --config.FIELD=VALUE"
             )
-    overrides = [word.removeprefix("--config.") for word in rest]
-    config = config_lib.load(args.config, overrides)
-    if "diffusion" not in config.stages:
-        raise UserError(
-            f"--config: {args.config} has no diffusion stage; choose another"
+    from_run = workdir.config_path(pathlib.Path(args.src)).is_file()
+    if from_run:
+        if args.config or rest or args.raw_weights or args.scale_factor:
+            raise UserError(
+                f"SRC: {args.src} is a run, which has a config and weights of its own;"
+                " leave --config and the like out"
+            )
+        model = loaded.load(args.src)
+        if destination.suffix == ".safetensors":
+            publish.write_file(model, destination)
+        else:
+            publish.write_folder(model, destination)
+        print(f"{args.src} in {destination}")
+    else:
+        if not args.config:
+            raise UserError(
+                f"--config: none, and {args.src} is no run; name the preset that it is"
+                " of, such as configs/txt2img.py:sd1"
+            )
+        overrides = [word.removeprefix("--config.") for word in rest]
+        config = config_lib.load(args.config, overrides)
+        nets, tokenizer_of, parts = released.open_parts(
+            args.src,
+            config,
+            averaged=not args.raw_weights,
+            scale_factor=args.scale_factor,
         )
-    tokenizer_of = released.load_tokenizers(config)
-    nets = model.build(config, tokenizer_of)
-    parts = released.read(
-        frozen.read(args.src, "SRC"),
-        config,
-        nets,
-        averaged=not args.raw_weights,
-        scale_factor=args.scale_factor,
-    )
-    released.write(workdir, config, nets, tokenizer_of, parts)
-    print(f"{args.src} as {config.preset} in {workdir}")
+        released.write(destination, config, nets, tokenizer_of, parts)
+        print(f"{args.src} as {config.preset} in {destination}")
     if args.check:
-        check.check(loaded.load(workdir))
+        check.check(loaded.load(args.src if from_run else destination))
 
 
 if __name__ == "__main__":

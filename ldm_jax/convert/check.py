@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis, networks, write_config
 from ldm_jax.convert import diffusers as names
+from ldm_jax.convert import networks, plans, write_config
 from ldm_jax.nets import autoencoder, layers, text_encoder, unet
 
 Variables = Mapping[str, Any]
@@ -189,7 +189,7 @@ def _labels(net: unet.UNet, rng: np.random.Generator) -> tuple[Any, dict[str, An
 
 
 def _rows(
-    rules: Iterable[compvis.Rule],
+    rules: Iterable[plans.Rule],
     ours: Callable[[Iterable[str]], dict[str, np.ndarray]],
     theirs: Any,
     run_theirs: Callable[[], Any],
@@ -208,7 +208,7 @@ def _rows(
     return rows
 
 
-def _modules(rules: Iterable[compvis.Rule]) -> dict[str, str]:
+def _modules(rules: Iterable[plans.Rule]) -> dict[str, str]:
     """{our block: their module}; blocks of an autoencoder are those of its halves."""
     keys: dict[str, list[list[str]]] = {}
     for rule in rules:

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, plans
 from ldm_jax.nets import encoder_unet, unet
 
-_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 # {our layer of the head: its place in torch's sequence}
 _HEADS = {
     "adaptive": {"norm_out": "out.0", "logits": "out.3"},
@@ -23,7 +22,7 @@ _HEADS = {
 
 def encoder_unet_rules(
     net: encoder_unet.EncoderUNet, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[compvis.Rule]:
+) -> Iterator[plans.Rule]:
     """Rules of every parameter of `net`, whose `abstract_params` are `shapes`."""
     head = _HEADS[net.pool]
     trunk = {path: s for path, s in shapes.items() if path.split("/")[0] not in head}
@@ -40,30 +39,30 @@ def encoder_unet_rules(
     yield from compvis.unet_rules(whole, trunk)
     for path in sorted(shapes.keys() - trunk.keys()):
         first, *between, leaf = path.split("/")
-        key = ".".join([head[first], *between, _LEAVES.get(leaf, leaf)])
-        yield compvis.Rule(path, key, _head_layout(net.pool, path))
+        key = ".".join([head[first], *between, plans.LEAVES.get(leaf, leaf)])
+        yield plans.Rule(path, key, _head_layout(net.pool, path))
 
 
-def encoder_unet_plan(net: encoder_unet.EncoderUNet) -> compvis.Plan:
+def encoder_unet_plan(net: encoder_unet.EncoderUNet) -> plans.Plan:
     """The plan of a classifier."""
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
-    return compvis.Plan(list(encoder_unet_rules(net, shapes)), shapes)
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
+    return plans.Plan(list(encoder_unet_rules(net, shapes)), shapes)
 
 
 def encoder_unet_params(
     state_dict: Mapping[str, np.ndarray], net: encoder_unet.EncoderUNet
 ) -> dict[str, Any]:
     """Params of `net` from a classifier's state dict; ValueError where one misfits."""
-    return compvis.convert(state_dict, encoder_unet_plan(net))
+    return plans.convert(state_dict, encoder_unet_plan(net))
 
 
-def _head_layout(pool: str, path: str) -> compvis.Layout:
+def _head_layout(pool: str, path: str) -> plans.Layout:
     if path.endswith("/positional_embedding"):
-        return compvis.LINEAR  # [c, tokens] there
+        return plans.LINEAR  # [c, tokens] there
     if not path.endswith("/kernel"):
-        return compvis.AS_IS
+        return plans.AS_IS
     convolutions = {
-        "adaptive": compvis.POINTWISE_2D,
-        "attention": compvis.POINTWISE_1D,
+        "adaptive": plans.POINTWISE_2D,
+        "attention": plans.POINTWISE_1D,
     }
-    return convolutions.get(pool, compvis.LINEAR)
+    return convolutions.get(pool, plans.LINEAR)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import plans
 from ldm_jax.nets import dpt
 
 _BACKBONE = "dpt.embeddings.backbone.bit"
@@ -66,23 +66,23 @@ def _names(block: str) -> dict[str, str]:
     return {}
 
 
-def dpt_rules(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[compvis.Rule]:
+def dpt_rules(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[plans.Rule]:
     """Rules of every parameter of a `DPTHybrid` whose shapes these are."""
     for path, shape in shapes.items():
-        key = compvis.rename(path, _NAMES | _names(path.split("/")[0]))
-        yield compvis.Rule(path, key, compvis.plain_layout(path, len(shape)))
+        key = plans.rename(path, _NAMES | _names(path.split("/")[0]))
+        yield plans.Rule(path, key, plans.plain_layout(path, len(shape)))
 
 
-def dpt_plan(net: dpt.DPTHybrid) -> compvis.Plan:
+def dpt_plan(net: dpt.DPTHybrid) -> plans.Plan:
     """The plan of a DPT-hybrid in the layout of Hugging Face."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    shapes = compvis.abstract_params(net, x)
-    return compvis.Plan(list(dpt_rules(shapes)), shapes, _UNUSED)
+    shapes = plans.abstract_params(net, x)
+    return plans.Plan(list(dpt_rules(shapes)), shapes, _UNUSED)
 
 
 def dpt_params(state_dict: Mapping[str, np.ndarray], net: dpt.DPTHybrid) -> dict:
     """Params of `net` from either's names; ValueError where one misfits."""
-    return compvis.convert(from_midas(state_dict), dpt_plan(net))
+    return plans.convert(from_midas(state_dict), dpt_plan(net))
 
 
 # MiDaS's own names, which Stability's checkpoints have too, and Hugging Face's.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, plans
 from ldm_jax.nets import autoencoder, unet
 
 _UNET = {
@@ -263,7 +263,7 @@ def unpack(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def unet_rules(
     net: unet.UNet, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[compvis.Rule]:
+) -> Iterator[plans.Rule]:
     """Rules of a UNet's parameters for diffusers' keys, after `pack`."""
     names = unet_names_of(net, shapes)
     for rule in compvis.unet_rules(net, shapes):
@@ -272,18 +272,18 @@ def unet_rules(
             width, upward = shapes[rule.path][-1] // 3, rule.path.startswith("up")
             layout = _by_heads(layout, net.heads_of(width, upward)[0])
         if re.search(r"to_out\.0\.weight$", names.to_diffusers(rule.key)):
-            layout = compvis.LINEAR
+            layout = plans.LINEAR
         yield rule._replace(key=names.to_diffusers(rule.key), layout=layout)
 
 
-def _by_heads(layout: compvis.Layout, heads: int) -> compvis.Layout:
+def _by_heads(layout: plans.Layout, heads: int) -> plans.Layout:
     """(q k v, head, dim) there, (head, q k v, dim) here, on the last axis here."""
 
     def swap(a, first, second):
         split = a.reshape(*a.shape[:-1], first, second, -1)
         return np.swapaxes(split, -2, -3).reshape(a.shape)
 
-    return compvis.Layout(
+    return plans.Layout(
         lambda a: swap(layout.to_flax(a), 3, heads),
         lambda a: layout.to_torch(swap(a, heads, 3)),
     )
@@ -291,11 +291,11 @@ def _by_heads(layout: compvis.Layout, heads: int) -> compvis.Layout:
 
 def autoencoder_rules(
     net: autoencoder.Autoencoder, shapes: Mapping[str, tuple[int, ...]]
-) -> Iterator[compvis.Rule]:
+) -> Iterator[plans.Rule]:
     """Rules of an autoencoder's parameters for diffusers' keys."""
     names = autoencoder_names_of(net)
     for rule in compvis.autoencoder_rules(shapes):
         layout = rule.layout
-        if layout is compvis.POINTWISE_2D:
-            layout = compvis.LINEAR
+        if layout is plans.POINTWISE_2D:
+            layout = plans.LINEAR
         yield rule._replace(key=names.to_diffusers(rule.key), layout=layout)

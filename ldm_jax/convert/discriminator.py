@@ -11,7 +11,7 @@ import flax
 import jax
 import numpy as np
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import plans
 from ldm_jax.nets import discriminator
 
 _LEAVES = {
@@ -21,8 +21,8 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_PER_CHANNEL = compvis.Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
-_FLAG = compvis.Layout(lambda a: a > 0, lambda a: np.asarray(a, np.uint8))
+_PER_CHANNEL = plans.Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
+_FLAG = plans.Layout(lambda a: a > 0, lambda a: np.asarray(a, np.uint8))
 _ACTNORM = {"loc": _PER_CHANNEL, "scale": _PER_CHANNEL, "initialized": _FLAG}
 
 
@@ -38,7 +38,7 @@ def abstract_variables(net: discriminator.PatchDiscriminator) -> dict[str, tuple
 
 def discriminator_rules(
     net: discriminator.PatchDiscriminator, shapes: Mapping[str, tuple]
-) -> Iterator[compvis.Rule]:
+) -> Iterator[plans.Rule]:
     """Rules of every variable of `net`, whose `abstract_variables` are `shapes`.
 
     torch numbers its layers: convolution, activation, then triples of convolution,
@@ -49,22 +49,22 @@ def discriminator_rules(
         kind, place = layer.split("_")
         i = net.n_layers + 1 if place == "out" else int(place)
         index = max(3 * i - 1, 0) + (kind == "norm")
-        layout = compvis.CONV if leaf == "kernel" else compvis.AS_IS
+        layout = plans.CONV if leaf == "kernel" else plans.AS_IS
         if kind == "norm" and net.norm == "actnorm":
-            yield compvis.Rule(path, f"main.{index}.{leaf}", _ACTNORM[leaf])
+            yield plans.Rule(path, f"main.{index}.{leaf}", _ACTNORM[leaf])
         else:
-            yield compvis.Rule(path, f"main.{index}.{_LEAVES[leaf]}", layout)
+            yield plans.Rule(path, f"main.{index}.{_LEAVES[leaf]}", layout)
 
 
-def discriminator_plan(net: discriminator.PatchDiscriminator) -> compvis.Plan:
+def discriminator_plan(net: discriminator.PatchDiscriminator) -> plans.Plan:
     """The plan of a discriminator's variables; step counters are left out."""
     shapes = abstract_variables(net)
     beside = r"main\.\d+\.num_batches_tracked"
-    return compvis.Plan(list(discriminator_rules(net, shapes)), shapes, beside)
+    return plans.Plan(list(discriminator_rules(net, shapes)), shapes, beside)
 
 
 def discriminator_variables(
     state_dict: Mapping[str, np.ndarray], net: discriminator.PatchDiscriminator
 ) -> dict[str, Any]:
     """{"params", "batch_stats"} of `net` from a state dict."""
-    return compvis.convert(state_dict, discriminator_plan(net))
+    return plans.convert(state_dict, discriminator_plan(net))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import plans
 from ldm_jax.nets import inception
 
 _NAMES = {
@@ -26,21 +26,21 @@ _NAMES = {
     "mean": "bn.running_mean",
     "variance": "bn.running_var",
 }
-_LAYOUTS = {"kernel": compvis.CONV, "classifier": compvis.LINEAR}
+_LAYOUTS = {"kernel": plans.CONV, "classifier": plans.LINEAR}
 
 
-def rules(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[compvis.Rule]:
+def rules(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[plans.Rule]:
     """Rules of every parameter of the net."""
     for path in shapes:
         words = [word.replace("mixed_", "Mixed_") for word in path.split("/")]
         key = ".".join(_NAMES.get(word, word) for word in words)
-        yield compvis.Rule(path, key, _LAYOUTS.get(words[-1], compvis.AS_IS))
+        yield plans.Rule(path, key, _LAYOUTS.get(words[-1], plans.AS_IS))
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
     """{"path/of/param": shape} of the net."""
     image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    return compvis.abstract_params(inception.InceptionV3(), image)
+    return plans.abstract_params(inception.InceptionV3(), image)
 
 
 def params(state_dict: Mapping[str, np.ndarray]) -> dict:
@@ -51,5 +51,5 @@ def params(state_dict: Mapping[str, np.ndarray]) -> dict:
     """
     expected = shapes()
     beside = r"fc\.bias|.*\.num_batches_tracked"
-    plan = compvis.Plan(list(rules(expected)), expected, beside)
-    return compvis.convert(state_dict, plan)
+    plan = plans.Plan(list(rules(expected)), expected, beside)
+    return plans.convert(state_dict, plan)

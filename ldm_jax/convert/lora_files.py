@@ -21,7 +21,7 @@ import numpy as np
 import safetensors
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis, files, networks
+from ldm_jax.convert import files, networks, plans
 from ldm_jax.nets import unet as unet_lib
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config, as JSON
@@ -40,8 +40,8 @@ class _Module(NamedTuple):
 
     key: str
     path: str
-    a: compvis.Layout
-    b: compvis.Layout
+    a: plans.Layout
+    b: plans.Layout
     third: int | None = None  # which of q, k and v, where one kernel is all three
 
 
@@ -139,7 +139,7 @@ def import_lora(
 
 
 def _modules(
-    rules: Iterable[compvis.Rule], shapes: Mapping[str, tuple[int, ...]]
+    rules: Iterable[plans.Rule], shapes: Mapping[str, tuple[int, ...]]
 ) -> Iterator[_Module]:
     for rule in rules:
         if not rule.path.endswith("/kernel"):
@@ -148,10 +148,10 @@ def _modules(
         if "attentions." in key and key.endswith(".qkv"):
             for i, x in enumerate("qkv"):
                 name = f"{key.removesuffix('qkv')}to_{x}"
-                yield _Module(name, rule.path, compvis.LINEAR, layout, i)
+                yield _Module(name, rule.path, plans.LINEAR, layout, i)
             continue
         # The second layer of a convolution is one of a single pixel.
-        second = compvis.POINTWISE_2D if layout is compvis.CONV else layout
+        second = plans.POINTWISE_2D if layout is plans.CONV else layout
         yield _Module(key, rule.path, layout, second)
 
 
@@ -223,7 +223,7 @@ def _entry(
     if module.third is None:
         wide, b_layout = out, module.b
     else:
-        wide, b_layout = out // 3, compvis.LINEAR
+        wide, b_layout = out // 3, plans.LINEAR
     rank = a.shape[0] if a.ndim else 0
     wanted = {
         "a": module.a.to_torch(np.zeros((*inner, rank), bool)).shape,

@@ -22,6 +22,7 @@ from ldm_jax.convert import (
     diffusers,
     discriminator,
     files,
+    plans,
     pretrained,
     read_config,
     read_unet,
@@ -80,7 +81,7 @@ def variables_of(
     """
     plan = plan_of(net, layout, state)
     try:
-        return compvis.convert(state, plan, **options)
+        return plans.convert(state, plan, **options)
     except ValueError as error:
         raise UserError(f"{type(net).__name__}, layout {layout}: {error}") from error
 
@@ -104,7 +105,7 @@ def export_network(
     variables = jax.tree.map(np.asarray, variables)
     plan = plan_of(module, layout, variables["params"])
     try:
-        state = compvis.revert(
+        state = plans.revert(
             variables if _has_collections(module) else variables["params"], plan.rules
         )
     except ValueError as error:
@@ -197,7 +198,7 @@ def _has_collections(net: nn.Module) -> bool:
     return isinstance(net, discriminator_net.PatchDiscriminator)
 
 
-def plan_of(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> compvis.Plan:
+def plan_of(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> plans.Plan:
     """The plan of `net`; `arrays`, a state dict or params, tell a CLIP's projection."""
     layouts = _layouts(net)
     if layout not in layouts:
@@ -240,7 +241,7 @@ def _layouts(net: nn.Module) -> tuple[str, ...]:
     return ("compvis",)
 
 
-def unet_plan(net: unet.UNet, layout: str) -> compvis.Plan:
+def unet_plan(net: unet.UNet, layout: str) -> plans.Plan:
     plan = compvis.unet_plan(net)
     if layout == "compvis":
         return plan
@@ -252,7 +253,7 @@ def unet_plan(net: unet.UNet, layout: str) -> compvis.Plan:
     return plan._replace(rules=list(diffusers.unet_rules(net, plan.shapes)))
 
 
-def _autoencoder_plan(net: autoencoder.Autoencoder, layout: str) -> compvis.Plan:
+def _autoencoder_plan(net: autoencoder.Autoencoder, layout: str) -> plans.Plan:
     plan = compvis.autoencoder_plan(net)
     if layout == "compvis":
         return plan
@@ -261,10 +262,10 @@ def _autoencoder_plan(net: autoencoder.Autoencoder, layout: str) -> compvis.Plan
             "layout: diffusers has no autoencoder with linear attention; use 'compvis'"
         )
     rules = diffusers.autoencoder_rules(net, plan.shapes)
-    return compvis.Plan(list(rules), plan.shapes)
+    return plans.Plan(list(rules), plan.shapes)
 
 
-def _clip_text_plan(net, layout, arrays: Mapping[str, Any]) -> compvis.Plan:
+def _clip_text_plan(net, layout, arrays: Mapping[str, Any]) -> plans.Plan:
     """Of the whole tower, whatever `net` leaves out, so that nothing is lost."""
     whole = net.clone(layer="last", final_norm=True, projection_dim=_projection(arrays))
     if layout == "huggingface":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis, torch_archive
+from ldm_jax.convert import plans, torch_archive
 from ldm_jax.nets import lpips
 
 
@@ -131,7 +131,7 @@ _CONVOLUTIONS = {
     )
     for i in range(depth)
 }
-_HEAD = compvis.Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
+_HEAD = plans.Layout(lambda a: a[0, :, 0, 0], lambda a: a[None, :, None, None])
 
 
 def lpips_params(
@@ -149,7 +149,7 @@ def lpips_params(
             plain_lpips_key(key): value for key, value in _read(path).items()
         }
     try:
-        return compvis.convert(state_dict, lpips_plan())
+        return plans.convert(state_dict, lpips_plan())
     except ValueError as error:
         raise UserError(
             f"{' and '.join(map(str, paths))}: not the weights of VGG16 and LPIPS"
@@ -180,20 +180,20 @@ def plain_lpips_key(key: str) -> str:
     return re.sub(r"^lins?\.?(\d)(\.model\.1)?\.weight$", r"lin\1.weight", key)
 
 
-def lpips_plan() -> compvis.Plan:
+def lpips_plan() -> plans.Plan:
     """The plan of `lpips.LPIPS`, for plain keys."""
     image = jax.ShapeDtypeStruct((1, 16, 16, 3), jnp.float32)
-    shapes = compvis.abstract_params(lpips.LPIPS(), image, image)
+    shapes = plans.abstract_params(lpips.LPIPS(), image, image)
     # VGG16's classifier; what pixels are normalised by, which does not change.
     beside = r"(classifier|scaling_layer)\..*"
-    return compvis.Plan([_lpips_rule(path) for path in shapes], shapes, beside)
+    return plans.Plan([_lpips_rule(path) for path in shapes], shapes, beside)
 
 
-def _lpips_rule(path: str) -> compvis.Rule:
+def _lpips_rule(path: str) -> plans.Rule:
     if path.startswith("head_"):
-        return compvis.Rule(path, f"lin{path[-1]}.weight", _HEAD)
+        return plans.Rule(path, f"lin{path[-1]}.weight", _HEAD)
     _, layer, leaf = path.split("/")
     convolution = f"features.{_CONVOLUTIONS[layer]}"
     if leaf == "kernel":
-        return compvis.Rule(path, f"{convolution}.weight", compvis.CONV)
-    return compvis.Rule(path, f"{convolution}.bias", compvis.AS_IS)
+        return plans.Rule(path, f"{convolution}.weight", plans.CONV)
+    return plans.Rule(path, f"{convolution}.bias", plans.AS_IS)

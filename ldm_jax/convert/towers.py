@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert import compvis, depth
+from ldm_jax.convert import compvis, depth, plans
 from ldm_jax.nets import clip_vision, dpt, embedders, t5, text_encoder
 
 # Of embeddings over training pictures, as SD-unCLIP's checkpoints call them.
@@ -40,10 +40,10 @@ def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str,
         return {"tower": depth.dpt_params(own, net.tower)}
     if isinstance(net, embedders.ClassEmbedder):
         own = _under(state_dict, "cond_stage_model.")
-        return compvis.convert(own, class_embedder_plan(net))
+        return plans.convert(own, class_embedder_plan(net))
     if isinstance(net, embedders.SpatialRescaler):
         own = _under(state_dict, "cond_stage_model.")
-        return compvis.convert(own, rescaler_plan(net, mapped_channels(own)))
+        return plans.convert(own, rescaler_plan(net, mapped_channels(own)))
     raise ValueError(f"weights of a {type(net).__name__} can't be read")
 
 
@@ -74,7 +74,7 @@ def _image_vector(net, state_dict):
 
 def t5_params(state_dict: Mapping[str, np.ndarray], net: t5.T5Encoder) -> dict:
     """Params of T5's encoder from Hugging Face's keys; a decoder is left out."""
-    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    shapes = plans.abstract_params(net, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     own = state_dict.get("encoder.embed_tokens.weight")
     if "shared.weight" not in state_dict and own is not None:  # of an encoder alone
         state_dict = {**state_dict, "shared.weight": own}
@@ -99,7 +99,7 @@ def t5_params(state_dict: Mapping[str, np.ndarray], net: t5.T5Encoder) -> dict:
         return _rules(shapes, table)
 
     ignorable = r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*"
-    return compvis.convert(state_dict, compvis.Plan(list(rules()), shapes, ignorable))
+    return plans.convert(state_dict, plans.Plan(list(rules()), shapes, ignorable))
 
 
 def clip_vision_params(
@@ -107,20 +107,18 @@ def clip_vision_params(
 ) -> dict:
     """Params of a CLIP picture tower from Hugging Face's or OpenCLIP's keys."""
     if any(key.startswith("vision_model.") for key in state_dict):
-        return compvis.convert(state_dict, clip_vision_plan(net, "huggingface"))
+        return plans.convert(state_dict, clip_vision_plan(net, "huggingface"))
     own = {key.removeprefix("model."): value for key, value in state_dict.items()}
-    return compvis.convert(own, clip_vision_plan(net, "openclip"))
+    return plans.convert(own, clip_vision_plan(net, "openclip"))
 
 
-def clip_vision_plan(
-    net: clip_vision.CLIPVisionTransformer, layout: str
-) -> compvis.Plan:
+def clip_vision_plan(net: clip_vision.CLIPVisionTransformer, layout: str) -> plans.Plan:
     """The plan of a CLIP picture tower in the layout "huggingface" or "openclip".
 
     What else a whole CLIP has is beside it.
     """
     x = jax.ShapeDtypeStruct((1, net.image_size, net.image_size, 3), jnp.float32)
-    shapes = compvis.abstract_params(net, x)
+    shapes = plans.abstract_params(net, x)
     if layout == "huggingface":
         names = {
             "class_emb": "vision_model.embeddings.class_embedding",
@@ -132,7 +130,7 @@ def clip_vision_plan(
         }
         rules = compvis.clip_rules(shapes, names, "vision_model.encoder.layers")
         beside = r"(text_model|text_projection|logit_scale).*|.*position_ids"
-        return compvis.Plan(list(rules), shapes, beside)
+        return plans.Plan(list(rules), shapes, beside)
     names = {
         "class_emb": "visual.class_embedding",
         "pos_emb": "visual.positional_embedding",
@@ -142,28 +140,28 @@ def clip_vision_plan(
         "projection/kernel": "visual.proj",
     }
     rules = compvis.openclip_rules(shapes, names, "visual.transformer.resblocks")
-    return compvis.Plan(list(rules), shapes, r"(?!visual\.).*")
+    return plans.Plan(list(rules), shapes, r"(?!visual\.).*")
 
 
-def class_embedder_plan(net: embedders.ClassEmbedder) -> compvis.Plan:
+def class_embedder_plan(net: embedders.ClassEmbedder) -> plans.Plan:
     """The plan of a class embedder."""
-    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct([1], jnp.int32))
+    shapes = plans.abstract_params(net, jax.ShapeDtypeStruct([1], jnp.int32))
     table = {"embed": "", "embedding": "embedding.weight"}
-    return compvis.Plan(list(_rules(shapes, table)), shapes)
+    return plans.Plan(list(_rules(shapes, table)), shapes)
 
 
-def rescaler_plan(net: embedders.SpatialRescaler, channels: int) -> compvis.Plan:
+def rescaler_plan(net: embedders.SpatialRescaler, channels: int) -> plans.Plan:
     """The plan of a spatial rescaler of maps of so many channels."""
     side = max(1, round(net.multiplier**-net.n_stages))
     x = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    shapes = compvis.abstract_params(net, x) if net.out_channels is not None else {}
+    shapes = plans.abstract_params(net, x) if net.out_channels is not None else {}
     rules = [  # a 1x1 convolution there
-        rule._replace(layout=compvis.POINTWISE_2D)
-        if rule.layout is compvis.LINEAR
+        rule._replace(layout=plans.POINTWISE_2D)
+        if rule.layout is plans.LINEAR
         else rule
         for rule in _rules(shapes, {})
     ]
-    return compvis.Plan(rules, shapes)
+    return plans.Plan(rules, shapes)
 
 
 def mapped_channels(state_dict: Mapping[str, np.ndarray]) -> int:
@@ -175,8 +173,8 @@ def mapped_channels(state_dict: Mapping[str, np.ndarray]) -> int:
 def _rules(shapes, table):
     leaves = {"kernel": "weight", "scale": "weight"}
     for path, shape in shapes.items():
-        key = compvis.rename(path, leaves | table)
-        yield compvis.Rule(path, key, compvis.plain_layout(path, len(shape)))
+        key = plans.rename(path, leaves | table)
+        yield plans.Rule(path, key, plans.plain_layout(path, len(shape)))
 
 
 def _under(state_dict, prefix):

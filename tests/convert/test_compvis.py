@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, plans
 from ldm_jax.nets import autoencoder, text_encoder, unet
 from tests import parity
 
@@ -15,7 +15,7 @@ def _unet(name):
     config = {k: v for k, v in meta["config"].items() if k != "image_size"}
     net = unet.UNet(**config)
     weights = {k.removeprefix("model.diffusion_model."): v for k, v in weights.items()}
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     params = compvis.unet_params(weights, net)
     return weights, compvis.unet_rules(net, shapes), params
 
@@ -25,7 +25,7 @@ def _autoencoder(name):
     config = dict(meta["config"])
     cls = autoencoder.VQModel if "n_embed" in config else autoencoder.AutoencoderKL
     net = cls(**config.pop("ddconfig"), **config)
-    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 8, 8, 3), "f4"))
+    shapes = plans.abstract_params(net, jax.ShapeDtypeStruct((1, 8, 8, 3), "f4"))
     params = compvis.autoencoder_params(weights, net)
     return weights, compvis.autoencoder_rules(shapes), params
 
@@ -33,7 +33,7 @@ def _autoencoder(name):
 def _bert(name):
     _, weights, _ = parity.load(name)
     net = text_encoder.TextTransformer(1000, 77, dim=64, depth=2)
-    shapes = compvis.abstract_params(net, TOKENS)
+    shapes = plans.abstract_params(net, TOKENS)
     params = compvis.text_transformer_params(weights, net)
     return weights, compvis.text_transformer_rules(shapes), params
 
@@ -46,14 +46,14 @@ def _clip_net(**options):
 
 def _clip(name):
     _, weights, _ = parity.load(name)
-    shapes = compvis.abstract_params(_clip_net(), TOKENS)
+    shapes = plans.abstract_params(_clip_net(), TOKENS)
     params = compvis.clip_params(weights, _clip_net())
     return weights, compvis.clip_rules(shapes), params
 
 
 def _openclip(name):
     _, weights, _ = parity.load(name)
-    shapes = compvis.abstract_params(_clip_net(), TOKENS)
+    shapes = plans.abstract_params(_clip_net(), TOKENS)
     params = compvis.openclip_params(weights, _clip_net())
     return weights, compvis.openclip_rules(shapes), params
 
@@ -138,7 +138,7 @@ def test_stabilitys_autoencoder_has_no_quant_convs():
     net = autoencoder.AutoencoderKL(
         ch=8, norm_groups=8, ch_mult=(1,), num_res_blocks=1, use_quant_convs=False
     )
-    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 8, 8, 3), "f4"))
+    shapes = plans.abstract_params(net, jax.ShapeDtypeStruct((1, 8, 8, 3), "f4"))
     rules = list(compvis.autoencoder_rules(shapes))
     assert {rule.key.split(".")[0] for rule in rules} == {"encoder", "decoder"}
     weights = {r.key: r.layout.to_torch(np.zeros(shapes[r.path])) for r in rules}
@@ -178,13 +178,13 @@ def test_unet_keys_follow_the_options(options, keys):
         num_heads=1,
     )
     net = unet.UNet(**base | options)
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     assert keys <= {rule.key for rule in compvis.unet_rules(net, shapes)}
 
 
 def test_codebook_predictor_ignores_the_unused_noise_output():
     net = unet.UNet(4, 32, 4, 1, (), channel_mult=(1,), num_heads=1, n_embed=8)
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     rules = compvis.unet_rules(net, shapes)
     weights = {r.key: r.layout.to_torch(np.zeros(shapes[r.path])) for r in rules}
     params = compvis.unet_params(weights | {"out.0.weight": np.zeros(32)}, net)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors_numpy
 
-from ldm_jax.convert import compvis, files, mapped
+from ldm_jax.convert import files, mapped, plans
 
 
 def test_views_are_what_safetensors_reads(tmp_path):
@@ -58,10 +58,10 @@ def test_what_was_read_is_let_go(tmp_path):
 
 def test_arrays_are_placed_one_by_one_and_the_missing_are_told():
     rules = [
-        compvis.Rule("x/kernel", "x.weight", compvis.LINEAR),
-        compvis.Rule("x/bias", "x.bias", compvis.AS_IS),
+        plans.Rule("x/kernel", "x.weight", plans.LINEAR),
+        plans.Rule("x/bias", "x.bias", plans.AS_IS),
     ]
-    plan = compvis.Plan(rules, {"x/kernel": (3, 2), "x/bias": (2,)})
+    plan = plans.Plan(rules, {"x/kernel": (3, 2), "x/bias": (2,)})
     weight, placed, missing = np.arange(6.0).reshape(2, 3), [], []
 
     def place(path, array):
@@ -69,17 +69,17 @@ def test_arrays_are_placed_one_by_one_and_the_missing_are_told():
         return array + 1
 
     state = {"x.weight": weight}
-    params = compvis.convert(state, plan, place=place, missing=missing)
+    params = plans.convert(state, plan, place=place, missing=missing)
     assert placed == [("x/kernel", (3, 2))] and missing == ["x/bias"]
     np.testing.assert_array_equal(params["x"]["kernel"], weight.T + 1)
     with pytest.raises(ValueError, match="missing x.bias"):
-        compvis.convert(state, plan)
+        plans.convert(state, plan)
 
 
 def test_great_numbers_are_numbers_and_others_are_not():
-    plan = compvis.Plan([compvis.Rule("x", "x", compvis.AS_IS)], {"x": (2,)})
+    plan = plans.Plan([plans.Rule("x", "x", plans.AS_IS)], {"x": (2,)})
     great = np.full(2, 3e38, np.float32)  # their sum is infinite
-    np.testing.assert_array_equal(compvis.convert({"x": great}, plan)["x"], great)
+    np.testing.assert_array_equal(plans.convert({"x": great}, plan)["x"], great)
     for wrong in (np.nan, np.inf, -np.inf):
         with pytest.raises(ValueError, match=r"x \(float16\) has 1 of 2 numbers"):
-            compvis.convert({"x": np.array([1, wrong], np.float16)}, plan)
+            plans.convert({"x": np.array([1, wrong], np.float16)}, plan)

@@ -9,7 +9,7 @@ from safetensors import numpy as safetensors_numpy
 
 from ldm_jax import convert
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis, read_unet
+from ldm_jax.convert import compvis, plans, read_unet
 from ldm_jax.nets import autoencoder, embedders, lpips, unet
 from tests import parity
 
@@ -470,7 +470,7 @@ def test_options_that_compvis_layout_alone_has_are_read_off_its_weights(options)
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "churches256"])
 def test_released_unets_need_no_config(name):
     net = unet.UNet(**unet.VARIANTS[name])
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     theirs = {
         rule.key: rule.layout.to_torch(np.broadcast_to(0, shapes[rule.path])).shape
         for rule in compvis.unet_rules(net, shapes)
@@ -480,4 +480,4 @@ def test_released_unets_need_no_config(name):
         again = read_unet.unet_of(theirs, {})
     heads = (again.num_heads, again.num_head_channels)
     assert heads == (net.num_heads, net.num_head_channels)
-    assert compvis.abstract_params(again, **again.abstract_inputs()) == shapes
+    assert plans.abstract_params(again, **again.abstract_inputs()) == shapes

@@ -9,7 +9,7 @@ import pytest
 
 from ldm_jax import convert
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis, write_config
+from ldm_jax.convert import plans, write_config
 from ldm_jax.nets import autoencoder, clip_vision, layers, text_encoder, unet
 from tests import parity
 
@@ -48,7 +48,7 @@ def _random(params):
 
 
 def _variables(net, *args, **kwargs):
-    shapes = compvis.abstract_params(net, *args, **kwargs)
+    shapes = plans.abstract_params(net, *args, **kwargs)
     arrays = {path: np.zeros(shape) for path, shape in shapes.items()}
     return _random(flax.traverse_util.unflatten_dict(arrays, sep="/"))
 

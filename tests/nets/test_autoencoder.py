@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, plans
 from ldm_jax.nets import autoencoder
 from tests import parity
 
@@ -107,7 +107,7 @@ def test_decode_is_conv_out_of_decode_features(tanh_out):
 )
 def test_every_option_shows_in_the_parameters(options, present, absent):
     net = autoencoder.AutoencoderKL(**TINY | options)
-    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 12, 8, 3), "f4"))
+    shapes = plans.abstract_params(net, jax.ShapeDtypeStruct((1, 12, 8, 3), "f4"))
     assert any(path.startswith(present) for path in shapes)
     assert not any(absent in path for path in shapes)
 
@@ -229,7 +229,7 @@ def _sizes(name):
     """{part: number of parameters} of a variant."""
     kwargs = dict(autoencoder.VARIANTS[name])
     net = autoencoder.KINDS[kwargs.pop("kind")](**kwargs)
-    shapes = compvis.abstract_params(net, jax.ShapeDtypeStruct((1, 32, 32, 3), "f4"))
+    shapes = plans.abstract_params(net, jax.ShapeDtypeStruct((1, 32, 32, 3), "f4"))
     sizes = {}
     for path, shape in shapes.items():
         part = path.split("/")[0]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.convert import classifier, compvis
+from ldm_jax.convert import classifier, plans
 from ldm_jax.nets import encoder_unet
 from tests import parity
 
@@ -29,7 +29,7 @@ def _net(**options):
 def _state_dict(net):
     """A state dict of random numbers under torch's keys, in torch's shapes."""
     rng = np.random.default_rng(0)
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     return {
         rule.key: np.ascontiguousarray(
             rule.layout.to_torch(
@@ -172,7 +172,7 @@ def test_heads_have_the_keys_of_the_original(pool, keys):
 )
 def test_every_option_shows_in_the_parameters(options, present, absent):
     net = _net(**options)
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     assert any(path.startswith(present) for path in shapes)
     assert not any(path.startswith(absent) for path in shapes)
     classifier.encoder_unet_params(_state_dict(net), net)

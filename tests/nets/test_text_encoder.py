@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, plans
 from ldm_jax.nets import text_encoder
 from tests import parity
 
@@ -152,7 +152,7 @@ def test_variants_have_the_published_number_of_parameters(name, millions):
     }
     net = nets[name.split("_")[0]](**text_encoder.VARIANTS[name])
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = compvis.abstract_params(net, tokens)
+    shapes = plans.abstract_params(net, tokens)
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     if name.startswith("bert"):  # the original has a layer to_logits that is never used
         count += net.vocab_size * (net.dim + 1)

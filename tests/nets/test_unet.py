@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, plans
 from ldm_jax.nets import unet
 from tests import parity
 
@@ -116,7 +116,7 @@ def _zeros(net, size=None):
 )
 def test_every_option_shows_in_the_parameters(options, present, absent):
     net = unet.UNet(**TINY | options)
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     assert any(path.startswith(present) for path in shapes)
     assert not any(absent in path for path in shapes)
 
@@ -128,7 +128,7 @@ def test_disabled_self_attention_looks_at_the_context():
         disable_self_attentions=(False, True),
         disable_middle_self_attn=True,
     )
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     for block, width in [
         ("down_0_attn_0/block_0", 32),
         ("down_1_attn_0/block_1", 8),
@@ -143,7 +143,7 @@ def test_context_list_gives_each_block_its_own():
     options = CROSS | dict(transformer_depth=(1, 2), context_dim=(8, 6))
     options |= dict(attention_resolutions=(1, 2), sequential_crossattn=True)
     net = unet.UNet(**options)
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     assert shapes["mid_attn/block_0/attn2/to_k/kernel"][0] == 8
     assert shapes["mid_attn/block_1/attn2/to_k/kernel"][0] == 6
     assert not any(path.startswith("down_0_attn_0/block_1") for path in shapes)
@@ -263,6 +263,6 @@ MILLIONS = {
 @pytest.mark.parametrize("name", unet.VARIANTS)
 def test_variants_have_the_published_number_of_parameters(name):
     net = unet.UNet(**unet.VARIANTS[name])
-    shapes = compvis.abstract_params(net, **net.abstract_inputs())
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     assert round(count / 1e6, 2) == MILLIONS[name]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis
 from ldm_jax.convert import discriminator as convert
+from ldm_jax.convert import plans
 from ldm_jax.nets import autoencoder, discriminator, layers, quantize
 from ldm_jax.train import adversarial
 from tests import parity
@@ -56,7 +56,7 @@ def perceptual_of(x, x_hat):
     """The stub that the fixture describes, [b]."""
     weights, distance = fixture()[1], 0.0
     for name in ("perceptual.k1", "perceptual.k2"):
-        kernel = jnp.asarray(compvis.CONV.to_flax(weights[name]))
+        kernel = jnp.asarray(plans.CONV.to_flax(weights[name]))
         conv = layers.Conv(8, strides=2, use_bias=False)
         x, x_hat = (
             jax.nn.relu(conv.apply({"params": {"kernel": kernel}}, a))
@@ -155,7 +155,7 @@ def test_generator_losses_match_the_reference(name):
     logvar = jnp.float32(options["logvar_init"])
     nll_params = {"logvar": logvar} if case.kind == "kl" else {}
     last_params = {
-        "kernel": jnp.asarray(compvis.CONV.to_flax(fixture()[1]["last.weight"])),
+        "kernel": jnp.asarray(plans.CONV.to_flax(fixture()[1]["last.weight"])),
         "bias": jnp.asarray(fixture()[1]["last.bias"]),
     }
     unweighted = functools.partial(case.nll_of_image, nll_params, weighted=False)
@@ -184,7 +184,7 @@ def test_generator_losses_match_the_reference(name):
         "log_d_weight": out.d_weight,
         "log_disc_factor": case.disc_factor,
         "log_g_loss": g,
-        "grad_last_layer": compvis.CONV.to_torch(out.last_params_grad["kernel"]),
+        "grad_last_layer": plans.CONV.to_torch(out.last_params_grad["kernel"]),
     }
     if case.kind == "kl":
         posterior = autoencoder.Posterior.from_moments(image_of("moments"))
@@ -226,8 +226,8 @@ def test_discriminator_losses_match_the_reference(name):
             "log_disc_loss": loss,
             "log_logits_real": real.mean(),
             "log_logits_fake": fake.mean(),
-            "grad_disc_main.0.weight": compvis.CONV.to_torch(first),
-            "grad_disc_last_weight": compvis.CONV.to_torch(last),
+            "grad_disc_main.0.weight": plans.CONV.to_torch(first),
+            "grad_disc_last_weight": plans.CONV.to_torch(last),
         }
     )
 

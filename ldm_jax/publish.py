@@ -1,0 +1,275 @@
+"""A run as others read it: CompVis' layout in one file, or a folder for diffusers.
+
+Both multiply latents by one number. Where a run has measured a mean and a spread for
+each channel, these go into the 1x1 convolutions around the latent of a KL autoencoder,
+and the number is 1: its latents are then the run's, and so are its pictures.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import numpy as safetensors_numpy
+
+from ldm_jax import loaded
+from ldm_jax.config import UserError
+from ldm_jax.convert import networks, towers, whole, write_config
+from ldm_jax.diffusion import schedules
+from ldm_jax.nets import autoencoder, clip_vision, dpt, embedders, text_encoder
+
+_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
+_PREDICTIONS = {v: k for k, v in whole.PREDICTIONS.items()}
+# Pipelines of diffusers by the kinds of a run's conditions.
+_PIPELINES = {
+    ("text",): "StableDiffusionPipeline",
+    ("inpainting", "text"): "StableDiffusionInpaintPipeline",
+}
+_META = {"format": "pt"}  # readers of torch ask for it
+
+
+def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
+    """Writes a run as a checkpoint of CompVis or Stability, whole or not at all.
+
+    Raises UserError for nets that have no such layout.
+    """
+    _check_discrete(model)
+    params, scale_factor = _first_stage(model)
+    arrays = {
+        "alphas_cumprod": np.float32(model.model.schedule.alphas_cumprod),
+        "betas": np.float32(model.model.schedule.betas),
+        "scale_factor": np.array(scale_factor),
+    }
+    unet = {"params": model.params["unet"]}
+    arrays |= _under(whole.UNET, model.model.unet, unet, "compvis")
+    net = model.model.autoencoder
+    if not isinstance(net, autoencoder.Identity):
+        arrays |= _under(whole.FIRST_STAGE, net, {"params": params}, "compvis")
+    if "logvar" in model.params:
+        arrays["logvar"] = np.asarray(model.params["logvar"])
+    for net, params in _conditions(model).values():
+        arrays |= _condition(net, params)
+
+    def write(partial: pathlib.Path) -> None:
+        safetensors_numpy.save_file(arrays, partial, _META)
+
+    _whole(path, write)
+
+
+def write_folder(model: loaded.LoadedModel, path: pathlib.Path) -> None:
+    """Writes a run as a pipeline of diffusers, whole or not at all.
+
+    Raises UserError where diffusers has no pipeline of these conditions and nets.
+    """
+    _check_discrete(model)
+    kinds = tuple(sorted(c.kind for c in model.config.conditioners.values()))
+    texts = [
+        (name, net, params)
+        for name, (net, params) in _conditions(model).items()
+        if isinstance(net, text_encoder.CLIPTextTransformer)
+    ]
+    if kinds not in _PIPELINES or len(texts) != 1:
+        raise UserError(
+            f"conditioners: {', '.join(kinds) or 'none'}, with these nets, are no"
+            " pipeline of diffusers; it takes CLIP's text, with inpainting or without:"
+            " give a DST that ends in .safetensors"
+        )
+    ((name, text, text_params),) = texts
+    first_stage, scale_factor = _first_stage(model)
+    side, nets = model.model.latent_shape[0], model.model
+    # diffusers has a tower that stops early as one of so many layers, and a last norm.
+    text = text.clone(depth=text.blocks, layer="last", final_norm=True)
+    if "norm_out" not in text_params:
+        raise UserError(
+            f"conditioners.{name}.net.final_norm: False, but diffusers' tower ends in a"
+            " norm; give a DST that ends in .safetensors"
+        )
+    parts = {
+        "unet": (nets.unet, model.params["unet"], "diffusers", "diffusion_pytorch_"),
+        "vae": (nets.autoencoder, first_stage, "diffusers", "diffusion_pytorch_"),
+        "text_encoder": (text, text_params, "huggingface", ""),
+    }
+    configs = {
+        "unet": write_config.unet_of(nets.unet, side),
+        "vae": write_config.autoencoder_of(
+            nets.autoencoder, scale_factor, model.config.resolution
+        ),
+        "text_encoder": write_config.clip_text_of(text),
+        "scheduler": _scheduler(model),
+    }
+    states = {
+        part: networks.export_network(net, {"params": params}, layout)
+        for part, (net, params, layout, _) in parts.items()
+    }
+    tokenizer = model.tokenizers[name]
+    index = {
+        "_class_name": _PIPELINES[kinds],
+        "unet": ["diffusers", configs["unet"]["_class_name"]],
+        "vae": ["diffusers", configs["vae"]["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", type(tokenizer).__name__],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "safety_checker": [None, None],
+        "feature_extractor": [None, None],
+        "requires_safety_checker": False,
+    }
+
+    def write(partial: pathlib.Path) -> None:
+        for part, config in configs.items():
+            (partial / part).mkdir(parents=True)
+            file = "scheduler_config" if part == "scheduler" else "config"
+            _write_json(partial / part / f"{file}.json", config)
+        for part, state in states.items():
+            file = partial / part / f"{parts[part][3]}model.safetensors"
+            safetensors_numpy.save_file(state, file, _META)
+        tokenizer.save_pretrained(partial / "tokenizer")
+        _write_json(partial / whole.INDEX, index)
+
+    _whole(path, write)
+
+
+def _check_discrete(model: loaded.LoadedModel) -> None:
+    if isinstance(model.model.schedule, schedules.SigmaSchedule):
+        raise UserError(
+            "diffusion.schedule: 'sigma', which no other layout has; convert a run over"
+            " timesteps"
+        )
+
+
+def _conditions(model: loaded.LoadedModel) -> dict[str, tuple[Any, Any]]:
+    """{name: (net, params)} of all that have params, trained or frozen."""
+    params = {**model.params["conditioners"], **model.first_stage.encoders}
+    return {
+        name: (conditioner.net, params[name])
+        for name, conditioner in model.model.conditioners.items()
+        if conditioner.has_params
+    }
+
+
+def _condition(net: Any, params: Any) -> dict[str, np.ndarray]:
+    """A condition's arrays under the prefix that CompVis' loaders look for."""
+    of = {"params": params}
+    match net:
+        case text_encoder.CLIPTextTransformer() if net.activation == "gelu":
+            net = net.clone(depth=net.blocks)
+            return _under("cond_stage_model.model.", net, of, "openclip")
+        case text_encoder.CLIPTextTransformer():
+            return _under("cond_stage_model.transformer.", net, of, "huggingface")
+        case text_encoder.TextTransformer() | embedders.ClassEmbedder():
+            return _under("cond_stage_model.", net, of, "compvis")
+        case embedders.SpatialRescaler():
+            return _under("cond_stage_model.", net, of, "compvis")
+        case clip_vision.ImageVector():
+            tower = {"params": params["tower"]}
+            arrays = _under("embedder.", net.tower, tower, "huggingface")
+            values = (np.asarray(params[key]) for key in ("mean", "std"))
+            return arrays | dict(zip(towers.STATISTICS, values, strict=True))
+        case dpt.DepthMap():
+            tower = {"params": params["tower"]}
+            return _under("depth_model.model.", net.tower, tower, "huggingface")
+    raise UserError(
+        f"conditioners: a {type(net).__name__} has no place in CompVis' layout; export"
+        " its network by ldm_jax.convert.export_network"
+    )
+
+
+def _under(prefix: str, net: Any, variables: Any, layout: str) -> dict[str, Any]:
+    state = networks.export_network(net, variables, layout)
+    return {prefix + key: value for key, value in state.items()}
+
+
+# --- the latent's scale
+
+
+def _first_stage(model: loaded.LoadedModel) -> tuple[Mapping[str, Any], float]:
+    """The autoencoder's params, and the number that latents are multiplied by."""
+    frozen = model.first_stage
+    mean, std = (np.asarray(x, np.float64) for x in (frozen.mean, frozen.std))
+    if not mean.any() and np.all(std == std[0]):
+        return frozen.params, _reciprocal(std[0])
+    net = model.model.autoencoder
+    if not isinstance(net, autoencoder.AutoencoderKL) or not net.use_quant_convs:
+        raise UserError(
+            "autoencoder: its latents have a mean and a spread for each channel, which"
+            f" a {type(net).__name__} without 1x1 convolutions can't take up"
+        )
+    return _folded(frozen.params, mean, std), 1.0
+
+
+def _reciprocal(std: float) -> float:
+    """The shortest number whose reciprocal is `std` in float32: what was imported."""
+    shortened = (float(f"{1 / std:.{digits}g}") for digits in range(3, 17))
+    return next(s for s in shortened if np.float32(1 / s) == np.float32(std))
+
+
+def _folded(params: Mapping[str, Any], mean: np.ndarray, std: np.ndarray) -> dict:
+    """Params of a KL autoencoder whose latents are (z - mean) / std of what they were.
+
+    The first half of quant_conv's outputs are means, the second log-variances.
+    """
+    c = len(mean)
+    quant, post = (
+        jax.tree.map(lambda x: np.asarray(x, np.float64), params[name])
+        for name in ("quant_conv", "post_quant_conv")
+    )
+    kernel, bias = quant["kernel"].copy(), quant["bias"].copy()
+    kernel[..., :c] /= std
+    bias[:c] = (bias[:c] - mean) / std
+    bias[c:] -= 2 * np.log(std)
+    inner = post["kernel"].reshape(c, -1)
+    folded = {
+        "quant_conv": {"kernel": kernel, "bias": bias},
+        "post_quant_conv": {
+            "kernel": post["kernel"] * std[:, None],
+            "bias": post["bias"] + mean @ inner,
+        },
+    }
+    return {**params, **jax.tree.map(np.float32, folded)}
+
+
+def _scheduler(model: loaded.LoadedModel) -> dict[str, Any]:
+    section = model.config.diffusion
+    if section.schedule not in _SCHEDULES:
+        raise UserError(
+            f"diffusion.schedule: {section.schedule!r} is not in diffusers' scheduler;"
+            " give a DST that ends in .safetensors"
+        )
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": section.timesteps,
+        "beta_start": section.linear_start,
+        "beta_end": section.linear_end,
+        "beta_schedule": _SCHEDULES[section.schedule],
+        "prediction_type": _PREDICTIONS[model.model.parameterization],
+        "rescale_betas_zero_snr": section.zero_terminal_snr,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "timestep_spacing": "leading",
+    }
+
+
+# --- files
+
+
+def _write_json(path: pathlib.Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")
+
+
+def _whole(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
+    """What `write` writes, under its name when all of it is there."""
+    partial = path.with_name(f".{path.name}.partial")
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write(partial)
+    except OSError as error:
+        raise UserError(
+            f"DST: {path} can't be written ({error}); name another"
+        ) from error
+    os.replace(partial, path)

@@ -1,0 +1,196 @@
+"""Runs in the layouts of others, and back: bit for bit, or with the same pictures."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+
+import ldm_jax
+from ldm_jax import publish
+from ldm_jax.config import UserError
+from ldm_jax.convert import __main__ as convert_main
+from ldm_jax.convert import whole
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+def _config():
+    """The debug preset with a CLIP tower, which diffusers has too."""
+    config = runs.debug("unet.context_dim=64", "diffusion.parameterization=eps")
+    net = dict(kind="clip", dim=64, depth=2, heads=1, max_seq_len=20)
+    net |= dict(activation="quick_gelu")
+    with config.unlocked():
+        config.conditioners.text.net = net
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with random params, whose latents have a spread for each channel."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    runs.untrained(folder, _config())
+    return folder
+
+
+def _scaled(model, mean, std):
+    first_stage = model.first_stage.replace(
+        mean=jnp.asarray(mean, jnp.float32), std=jnp.asarray(std, jnp.float32)
+    )
+    return dataclasses.replace(model, first_stage=first_stage)
+
+
+def _same(again, model):
+    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)  # noqa: E731
+    same(again.params, model.params)
+    same(again.first_stage.params, model.first_stage.params)
+    np.testing.assert_array_equal(again.first_stage.mean, model.first_stage.mean)
+    np.testing.assert_array_equal(again.first_stage.std, model.first_stage.std)
+
+
+def _spec(run, tmp_path, name="same"):
+    """A config file that has the run's config."""
+    path, tokenizer = tmp_path / f"{name}.py", str(run / "tokenizers" / "text")
+    path.write_text(
+        "import pathlib\n"
+        "from ldm_jax import config\n"
+        "def get_config(arg=None):\n"
+        f"    made = config.from_json(pathlib.Path({str(run)!r}, 'config.json')"
+        ".read_text())\n"
+        "    made.conditioners.text.tokenizer.train_vocab_size = None\n"
+        f"    made.conditioners.text.tokenizer.name = {tokenizer!r}\n"
+        "    return made\n"
+    )
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "folder"])
+def test_there_and_back_is_bit_for_bit(tmp_path, run, name):
+    model = ldm_jax.load(run)
+    c = model.model.latent_shape[-1]
+    model = _scaled(model, [0.0] * c, [1 / 0.18215] * c)
+    path = tmp_path / name
+    (publish.write_folder if name == "folder" else publish.write_file)(model, path)
+    again = ldm_jax.load(path, config=_spec(run, tmp_path))
+    _same(again, model)
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    pictures = (m.sample("a red circle", steps=2) for m in (again, model))
+    np.testing.assert_array_equal(*pictures)
+
+
+def test_a_spread_of_each_channel_goes_into_the_autoencoder(tmp_path, run):
+    model = ldm_jax.load(run)
+    c = model.model.latent_shape[-1]
+    model = _scaled(model, np.linspace(-1, 1, c), np.linspace(0.5, 2, c))
+    publish.write_file(model, tmp_path / "x.safetensors")
+    arrays = safetensors_numpy.load_file(tmp_path / "x.safetensors")
+    assert arrays["scale_factor"] == 1
+    again = ldm_jax.load(tmp_path / "x.safetensors", config=_spec(run, tmp_path))
+    assert np.all(np.asarray(again.first_stage.std) == 1)
+    noise = np.random.default_rng(0).normal(size=(2, *model.model.latent_shape))
+    # The latents are the run's own; rounding moves a value of 8 bits here and there.
+    drawn = [
+        m.sample("a red circle", steps=2, noise=noise.astype(np.float32)).astype(int)
+        for m in (again, model)
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    x = np.random.default_rng(1).integers(0, 256, (1, *model.size, 3), np.uint8)
+    z = [m.invert(x, "a red circle", steps=2) for m in (again, model)]
+    np.testing.assert_allclose(*z, atol=2e-4)
+
+
+def test_diffusers_draws_the_same(tmp_path, run):
+    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    model = ldm_jax.load(run)
+    publish.write_folder(model, tmp_path / "folder")
+    pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder")
+    pipeline.set_progress_bar_config(disable=True)
+    noise = np.random.default_rng(0).normal(size=(1, *model.model.latent_shape))
+    noise = noise.astype(np.float32)
+    side = model.size[0]
+    # Its prompts are as long as the tokenizer says.
+    pipeline.tokenizer.model_max_length = model.config.conditioners.text.length
+    theirs = pipeline(
+        "a red circle",
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        height=side,
+        width=side,
+        output_type="np",
+    ).images
+    ours = model.sample("a red circle", steps=4, guidance_scale=3.0, noise=noise)
+    np.testing.assert_allclose(ours / 255, theirs, atol=1.01 / 255)
+
+
+def test_the_command_goes_there_and_back(tmp_path, run, capsys):
+    convert_main.main([str(run), str(tmp_path / "folder")])
+    spec = _spec(run, tmp_path)
+    convert_main.main(
+        [str(tmp_path / "folder"), str(tmp_path / "again"), f"--config={spec}"]
+    )
+    assert f"in {tmp_path / 'again'}" in capsys.readouterr().out
+    model, again = ldm_jax.load(run), ldm_jax.load(tmp_path / "again")
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
+def _lacking(part):
+    return lambda folder: shutil.rmtree(folder / part)
+
+
+def _with(file, **changes):
+    def change(folder):
+        tree = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(tree | changes))
+
+    return change
+
+
+PROCESS = "scheduler/scheduler_config.json"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (_lacking("vae"), "vae has no weights in it, though model_index.json lists"),
+        (_with(PROCESS, beta_end=0.02), "diffusion: alphas_cumprod has 1000 values"),
+        (_with(PROCESS, prediction_type="v_prediction"), "but SRC's net predicts v;"),
+        (_with(PROCESS, beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"),
+        (_with(PROCESS, prediction_type="flow"), "prediction_type 'flow'"),
+        (lambda f: (f / whole.INDEX).write_text("{"), "model_index.json can't be read"),
+    ],
+)
+def test_a_folder_that_does_not_fit_is_a_line(tmp_path, run, capsys, change, words):
+    publish.write_folder(ldm_jax.load(run), tmp_path / "folder")
+    change(tmp_path / "folder")
+    spec = _spec(run, tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        convert_main.main(
+            [str(tmp_path / "folder"), str(tmp_path / "new"), f"--config={spec}"]
+        )
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert words in said and said.count("\n") == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_others_can_not_hold_is_a_line(tmp_path, run, capsys):
+    runs.untrained(tmp_path / "words", runs.debug())
+    with pytest.raises(UserError, match="no pipeline of diffusers; it takes CLIP"):
+        publish.write_folder(ldm_jax.load(tmp_path / "words"), tmp_path / "x")
+    publish.write_file(ldm_jax.load(tmp_path / "words"), tmp_path / "x.safetensors")
+    for words, said in (
+        ([str(run), str(tmp_path / "words")], "is there already; name another"),
+        ([str(run), "x", "--config=y.py"], "is a run, which has a config"),
+        ([str(tmp_path / "x.safetensors"), str(tmp_path / "y")], "is no run; name the"),
+    ):
+        with pytest.raises(SystemExit):
+            convert_main.main(words)
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
