@@ -5,7 +5,6 @@ transformers, or a hub id, REPO or REPO:SUBFOLDER. The run holds its own copy,
 conditioners/NAME.safetensors, so that sampling needs neither.
 """
 
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors import numpy as safetensors_numpy
 
 from ldm_jax import model as model_lib
+from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
 from ldm_jax.convert import files, towers
 
@@ -70,12 +70,10 @@ def write_params(path: pathlib.Path, params: Any) -> None:
     """Stores params in float32, whole or not at all, unless they are there."""
     if path.is_file():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     flat = flax.traverse_util.flatten_dict(params, sep="/")
     flat = {k: np.ascontiguousarray(v, np.float32) for k, v in flat.items()}
-    safetensors_numpy.save_file(flat, partial)
-    os.replace(partial, path)
+    with workdir_lib.whole(path) as partial:
+        safetensors_numpy.save_file(flat, partial)
 
 
 def read_params(path: pathlib.Path) -> dict[str, Any]:

@@ -55,6 +55,16 @@ class LoadedModel:
         """[H, W] of the pictures that it was trained on."""
         return _size_of(self.model)
 
+    @property
+    def condition_nets(self) -> dict[str, tuple[Any, Any]]:
+        """{name: (net, params)} of all conditions that have some, trained or frozen."""
+        params = {**self.params["conditioners"], **self.first_stage.encoders}
+        return {
+            name: (conditioner.net, params[name])
+            for name, conditioner in self.model.conditioners.items()
+            if conditioner.has_params
+        }
+
     @functools.lru_cache(maxsize=4)  # noqa: B019  one entry a size
     def sized(self, size: tuple[int, int]) -> model_lib.LatentDiffusion:
         """The same nets for pictures of `size` [H, W].

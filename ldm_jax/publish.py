@@ -5,31 +5,34 @@ each channel, these go into the 1x1 convolutions around the latent of a KL autoe
 and the number is 1: its latents are then the run's, and so are its pictures.
 """
 
+import contextlib
 import json
-import os
 import pathlib
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import safetensors
 from safetensors import numpy as safetensors_numpy
 
 from ldm_jax import loaded
+from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
 from ldm_jax.convert import networks, towers, whole, write_config
 from ldm_jax.diffusion import schedules
 from ldm_jax.nets import autoencoder, clip_vision, dpt, embedders, text_encoder
 
-_SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear"}
-_PREDICTIONS = {v: k for k, v in whole.PREDICTIONS.items()}
+_SCHEDULES = {ours: theirs for theirs, ours in whole.SCHEDULES.items()}
+_PREDICTIONS = {ours: theirs for theirs, ours in whole.PREDICTIONS.items()}
 # Pipelines of diffusers by the kinds of a run's conditions.
 _PIPELINES = {
     ("text",): "StableDiffusionPipeline",
     ("inpainting", "text"): "StableDiffusionInpaintPipeline",
 }
 _META = {"format": "pt"}  # readers of torch ask for it
+# Whose names the configs have; pipelines look whether they are of long ago.
+_VERSION = {"_diffusers_version": "0.36.0"}
 
 
 def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
@@ -37,7 +40,7 @@ def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
 
     Raises UserError for nets that have no such layout.
     """
-    _check_discrete(model)
+    _check(model)
     params, scale_factor = _first_stage(model)
     arrays = {
         "alphas_cumprod": np.float32(model.model.schedule.alphas_cumprod),
@@ -51,13 +54,17 @@ def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
         arrays |= _under(whole.FIRST_STAGE, net, {"params": params}, "compvis")
     if "logvar" in model.params:
         arrays["logvar"] = np.asarray(model.params["logvar"])
-    for net, params in _conditions(model).values():
-        arrays |= _condition(net, params)
-
-    def write(partial: pathlib.Path) -> None:
+    for name, (net, params) in model.condition_nets.items():
+        own = _condition(net, params)
+        if {key.split(".")[0] for key in own} & {key.split(".")[0] for key in arrays}:
+            raise UserError(
+                f"conditioners.{name}: CompVis' layout has one place for such nets, and"
+                " another condition has it; export them by"
+                " ldm_jax.convert.export_network"
+            )
+        arrays |= own
+    with _written(path) as partial:
         safetensors_numpy.save_file(arrays, partial, _META)
-
-    _whole(path, write)
 
 
 def write_folder(model: loaded.LoadedModel, path: pathlib.Path) -> None:
@@ -65,11 +72,11 @@ def write_folder(model: loaded.LoadedModel, path: pathlib.Path) -> None:
 
     Raises UserError where diffusers has no pipeline of these conditions and nets.
     """
-    _check_discrete(model)
+    _check(model)
     kinds = tuple(sorted(c.kind for c in model.config.conditioners.values()))
     texts = [
         (name, net, params)
-        for name, (net, params) in _conditions(model).items()
+        for name, (net, params) in model.condition_nets.items()
         if isinstance(net, text_encoder.CLIPTextTransformer)
     ]
     if kinds not in _PIPELINES or len(texts) != 1:
@@ -118,36 +125,30 @@ def write_folder(model: loaded.LoadedModel, path: pathlib.Path) -> None:
         "requires_safety_checker": False,
     }
 
-    def write(partial: pathlib.Path) -> None:
+    with _written(path) as partial:
         for part, config in configs.items():
             (partial / part).mkdir(parents=True)
             file = "scheduler_config" if part == "scheduler" else "config"
-            _write_json(partial / part / f"{file}.json", config)
+            _write_json(partial / part / f"{file}.json", config | _VERSION)
         for part, state in states.items():
             file = partial / part / f"{parts[part][3]}model.safetensors"
             safetensors_numpy.save_file(state, file, _META)
         tokenizer.save_pretrained(partial / "tokenizer")
-        _write_json(partial / whole.INDEX, index)
-
-    _whole(path, write)
+        _write_json(partial / whole.INDEX, index | _VERSION)
 
 
-def _check_discrete(model: loaded.LoadedModel) -> None:
+def _check(model: loaded.LoadedModel) -> None:
+    """Raises UserError for what is in no other layout."""
+    for name in model.first_stage.memory:
+        raise UserError(
+            f"conditioners.{name}: looks up the training pictures, which no other"
+            " layout holds; convert a run without it"
+        )
     if isinstance(model.model.schedule, schedules.SigmaSchedule):
         raise UserError(
             "diffusion.schedule: 'sigma', which no other layout has; convert a run over"
             " timesteps"
         )
-
-
-def _conditions(model: loaded.LoadedModel) -> dict[str, tuple[Any, Any]]:
-    """{name: (net, params)} of all that have params, trained or frozen."""
-    params = {**model.params["conditioners"], **model.first_stage.encoders}
-    return {
-        name: (conditioner.net, params[name])
-        for name, conditioner in model.model.conditioners.items()
-        if conditioner.has_params
-    }
 
 
 def _condition(net: Any, params: Any) -> dict[str, np.ndarray]:
@@ -232,20 +233,21 @@ def _folded(params: Mapping[str, Any], mean: np.ndarray, std: np.ndarray) -> dic
 
 
 def _scheduler(model: loaded.LoadedModel) -> dict[str, Any]:
+    """config.json of DDIMScheduler; a schedule that it has no name for as numbers."""
     section = model.config.diffusion
-    if section.schedule not in _SCHEDULES:
-        raise UserError(
-            f"diffusion.schedule: {section.schedule!r} is not in diffusers' scheduler;"
-            " give a DST that ends in .safetensors"
-        )
-    return {
+    if section.schedule in _SCHEDULES and section.get("given_betas") is None:
+        betas = {
+            "beta_schedule": _SCHEDULES[section.schedule],
+            "beta_start": section.linear_start,
+            "beta_end": section.linear_end,
+            "rescale_betas_zero_snr": section.zero_terminal_snr,
+        }
+    else:
+        betas = {"trained_betas": model.model.schedule.betas.tolist()}
+    return betas | {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": section.timesteps,
-        "beta_start": section.linear_start,
-        "beta_end": section.linear_end,
-        "beta_schedule": _SCHEDULES[section.schedule],
         "prediction_type": _PREDICTIONS[model.model.parameterization],
-        "rescale_betas_zero_snr": section.zero_terminal_snr,
         "clip_sample": False,
         "set_alpha_to_one": False,
         "steps_offset": 1,
@@ -256,20 +258,17 @@ def _scheduler(model: loaded.LoadedModel) -> dict[str, Any]:
 # --- files
 
 
-def _write_json(path: pathlib.Path, tree: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2) + "\n")
-
-
-def _whole(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """What `write` writes, under its name when all of it is there."""
-    partial = path.with_name(f".{path.name}.partial")
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    path.parent.mkdir(parents=True, exist_ok=True)
+@contextlib.contextmanager
+def _written(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """`workdir.whole`, and a line where the disk refuses."""
     try:
-        write(partial)
-    except OSError as error:
+        with workdir_lib.whole(path) as partial:
+            yield partial
+    except (OSError, safetensors.SafetensorError) as error:
         raise UserError(
             f"DST: {path} can't be written ({error}); name another"
         ) from error
-    os.replace(partial, path)
+
+
+def _write_json(path: pathlib.Path, tree: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n")

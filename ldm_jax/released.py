@@ -9,7 +9,6 @@ finetunes it. `load` makes a model in memory of it without one.
 
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -60,29 +59,20 @@ def open_source(source: str) -> whole.Whole:
     return whole.Whole(frozen_lib.read(source, "SRC"))
 
 
-def check_process(config: ml_collections.ConfigDict, source: whole.Whole) -> None:
-    """Raises UserError where the source says that its net predicts something else."""
-    ours, theirs = config.diffusion.parameterization, source.parameterization
-    if theirs is not None and theirs != ours:
-        raise UserError(
-            f"diffusion.parameterization: {ours!r}, but SRC's net predicts {theirs};"
-            f" set it to {theirs!r}"
-        )
-
-
 def read(
-    state_dict: Mapping[str, np.ndarray],
+    source: whole.Whole,
     config: ml_collections.ConfigDict,
     model: model_lib.LatentDiffusion,
     *,
     averaged: bool = True,
     scale_factor: float | None = None,
 ) -> Parts:
-    """The params of `model` from a whole checkpoint's state dict.
+    """The params of `model` from all that a source has.
 
     `averaged` takes the UNet's moving average where the file has one. Raises UserError
     where the file is of another model, or has more in it than is known.
     """
+    state_dict = source.arrays
     unknown = [
         key
         for key in state_dict
@@ -93,7 +83,7 @@ def read(
             f"SRC: {len(unknown)} arrays of no known part, such as {unknown[0]!r}; give"
             " a checkpoint of CompVis or Stability"
         )
-    _check_schedule(state_dict, model.schedule)
+    _check_process(source, model)
     diffusion = {
         "unet": _part(
             "the UNet",
@@ -128,9 +118,10 @@ def read(
             _under(state_dict, FIRST_STAGE),
         )
     if scale_factor is None:
-        variant = config.autoencoder.get("variant")
-        scale_factor = SCALE_FACTORS.get(variant, 1.0)
-        found = np.asarray(state_dict.get("scale_factor", scale_factor))
+        scale_factor = source.scale_factor
+    if scale_factor is None:
+        known = SCALE_FACTORS.get(config.autoencoder.get("variant"), 1.0)
+        found = np.asarray(state_dict.get("scale_factor", known))
         scale_factor = float(str(found[()]))  # 0.18215 also where it was a float32
     return Parts(first_stage, diffusion, encoders, scale_factor)
 
@@ -164,7 +155,7 @@ def _unet(state_dict: Mapping[str, np.ndarray], averaged: bool) -> dict[str, Any
 
 def _params_of(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """On the device array by array, so that no second copy of a net is held."""
-    return networks.params_of(net, state_dict, place=lambda _, x: jnp.array(x))
+    return networks.params_of(net, state_dict, place=jnp.array)
 
 
 def _condition(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -196,11 +187,21 @@ def _part(name: str, convert: Any, *args: Any) -> dict[str, Any]:
         ) from error
 
 
-def _check_schedule(state_dict: Mapping[str, np.ndarray], schedule: Any) -> None:
-    theirs = state_dict.get("alphas_cumprod")
-    if theirs is None or not isinstance(schedule, schedules.Schedule):
+def _check_process(source: whole.Whole, model: model_lib.LatentDiffusion) -> None:
+    """Raises UserError unless the source's noise and prediction are the model's."""
+    theirs = source.arrays.get("alphas_cumprod")
+    if source.process is not None:
+        settings = dict(source.process)
+        predicted, ours = settings.pop("parameterization"), model.parameterization
+        if predicted != ours:
+            raise UserError(
+                f"diffusion.parameterization: {ours!r}, but SRC's net predicts"
+                f" {predicted}; set it to {predicted!r}"
+            )
+        theirs = schedules.make_schedule(**settings).alphas_cumprod
+    if theirs is None or not isinstance(model.schedule, schedules.Schedule):
         return
-    ours = schedule.alphas_cumprod
+    ours = model.schedule.alphas_cumprod
     if len(theirs) != len(ours) or not np.allclose(theirs, ours, atol=1e-5):
         raise UserError(
             f"diffusion: alphas_cumprod has {len(ours)} values from {ours[0]:.5f} to"
@@ -210,7 +211,7 @@ def _check_schedule(state_dict: Mapping[str, np.ndarray], schedule: Any) -> None
 
 
 def load_tokenizers(
-    config: ml_collections.ConfigDict, source: whole.Whole | None = None
+    config: ml_collections.ConfigDict, source: whole.Whole
 ) -> dict[str, Any]:
     """The source's own, else those that the config names.
 
@@ -220,7 +221,7 @@ def load_tokenizers(
     for name, section in config.conditioners.items():
         if "tokenizer" not in section:
             continue
-        if source is not None and source.tokenizer is not None:
+        if source.tokenizer is not None:
             made[name] = tokenizers.load(source.tokenizer)
             continue
         if section.tokenizer.train_vocab_size:
@@ -242,27 +243,31 @@ def open_parts(
             f"--config: {config.preset} has no diffusion stage; choose another"
         )
     found = open_source(source)
-    check_process(config, found)
     tokenizer_of = load_tokenizers(config, found)
     nets = model_lib.build(config, tokenizer_of)
-    return nets, tokenizer_of, read(found.arrays, config, nets, **options)
+    return nets, tokenizer_of, read(found, config, nets, **options)
 
 
 def load(source: str, config: ml_collections.ConfigDict) -> loaded_lib.LoadedModel:
     """A released model in memory, ready to draw; nothing is written."""
     nets, tokenizer_of, parts = open_parts(source, config)
-    c = nets.latent_shape[-1]
     first_stage = first_stage_lib.FirstStage(
         params=parts.first_stage.get("autoencoder", {}),
-        mean=jnp.zeros(c),
-        std=jnp.full(c, 1 / parts.scale_factor, jnp.float32),
-        memory={},
+        **{k: jnp.array(v, jnp.float32) for k, v in _statistics(nets, parts).items()},
         encoders=jax.tree.map(jnp.array, parts.encoders),
     )
     steps = config.diffusion_stage.steps
     return loaded_lib.LoadedModel(
         config, nets, parts.diffusion, first_stage, steps, tokenizer_of
     )
+
+
+def _statistics(
+    model: model_lib.LatentDiffusion, parts: Parts
+) -> dict[str, list[float]]:
+    """The latents' mean and std, by channel, that one factor stands for."""
+    c = model.latent_shape[-1]
+    return {"mean": [0.0] * c, "std": [1 / parts.scale_factor] * c}
 
 
 def write(
@@ -273,20 +278,16 @@ def write(
     parts: Parts,
 ) -> None:
     """Writes a finished run, whole or not at all; `workdir` must not be there."""
-    partial = workdir.with_name(f".{workdir.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, tokenizer in tokenizer_of.items():
-        tokenizer.save_pretrained(workdir_lib.tokenizer_path(partial, name))
-    frozen_lib.write(partial, parts.encoders)
-    c = model.latent_shape[-1]
-    latent = {"mean": [0.0] * c, "std": [1 / parts.scale_factor] * c}
-    for name, params, facts in (
-        ("autoencoder", parts.first_stage, {"latent": latent}),
-        ("diffusion", parts.diffusion, {}),
-    ):
-        if params:
-            steps = config[f"{name}_stage"].steps
-            checkpoint.save_params(partial / name, params, steps, **facts)
-    path = workdir_lib.config_path(partial)
-    workdir_lib.write_text(path, config_lib.to_json(config))
-    partial.rename(workdir)
+    with workdir_lib.whole(workdir) as partial:
+        for name, tokenizer in tokenizer_of.items():
+            tokenizer.save_pretrained(workdir_lib.tokenizer_path(partial, name))
+        frozen_lib.write(partial, parts.encoders)
+        for name, params, facts in (
+            ("autoencoder", parts.first_stage, {"latent": _statistics(model, parts)}),
+            ("diffusion", parts.diffusion, {}),
+        ):
+            if params:
+                steps = config[f"{name}_stage"].steps
+                checkpoint.save_params(partial / name, params, steps, **facts)
+        path = workdir_lib.config_path(partial)
+        workdir_lib.write_text(path, config_lib.to_json(config))

@@ -166,7 +166,7 @@ def read_inputs(
 
 def inputs_of(workdir: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(columns that the model of a run reads, flags that it may be given besides)."""
-    if workdir is None or not workdir_lib.config_path(pathlib.Path(workdir)).is_file():
+    if workdir is None or not workdir_lib.is_run(pathlib.Path(workdir)):
         return (), OPTIONAL
     config = workdir_lib.read_config(pathlib.Path(workdir))
     tokenizer_of = workdir_lib.load_tokenizers(pathlib.Path(workdir), config)

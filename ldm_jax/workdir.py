@@ -4,9 +4,12 @@ config.json  tokenizers/NAME/  memory/NAME.npy  autoencoder/STEP/  diffusion/STE
 logs/  pictures/  conditioners/NAME.safetensors  base.safetensors
 """
 
+import contextlib
+import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -17,12 +20,29 @@ from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
 
 
+@contextlib.contextmanager
+def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A place to write a file or a folder to, which gets its name when all is there.
+
+    Where writing fails, nothing is left.
+    """
+    partial = path.with_name(f".{os.getpid()}.{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        else:
+            partial.unlink(missing_ok=True)
+        raise
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)
+    with whole(path) as partial:
+        partial.write_text(text)
 
 
 def config_path(workdir: pathlib.Path) -> pathlib.Path:
@@ -32,13 +52,18 @@ def config_path(workdir: pathlib.Path) -> pathlib.Path:
 
 def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
     """Reads the run's config; UserError where `workdir` holds no run."""
-    path = config_path(workdir)
-    if not path.is_file():
+    if not is_run(workdir):
         raise UserError(
-            f"--workdir: {workdir} holds no run (no config.json); give the --workdir of"
-            " python -m ldm_jax.train"
+            f"--workdir: {workdir} holds no run (no config.json of one); give the"
+            " --workdir of python -m ldm_jax.train"
         )
-    return config_lib.from_json(path.read_text())
+    return config_lib.from_json(config_path(workdir).read_text())
+
+
+def is_run(path: pathlib.Path) -> bool:
+    """Whether a folder is a run; others too have a config.json."""
+    file = config_path(path)
+    return file.is_file() and "stages" in json.loads(file.read_text())
 
 
 def base_path(workdir: pathlib.Path) -> pathlib.Path:
@@ -65,11 +90,8 @@ def load_tokenizers(
 def write_memory(workdir: pathlib.Path, memory: Mapping[str, Any]) -> None:
     """Stores what conditions look up of the training pictures, {name: [n, d]}."""
     for name, rows in memory.items():
-        path = workdir / "memory" / f"{name}.npy"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{name}.{os.getpid()}.npy")
-        np.save(partial, np.asarray(rows), allow_pickle=False)
-        os.replace(partial, path)
+        with whole(workdir / "memory" / f"{name}.npy") as partial:
+            np.save(partial, np.asarray(rows), allow_pickle=False)
 
 
 def load_memory(workdir: pathlib.Path, names: Sequence[str]) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Runs in the layouts of others, and back: bit for bit, or with the same pictures."""
 
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -11,22 +12,24 @@ import pytest
 from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
-from ldm_jax import publish
+from ldm_jax import config as config_lib
+from ldm_jax import convert, publish
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
-from ldm_jax.convert import whole
+from ldm_jax.convert import towers, whole
+from ldm_jax.nets import autoencoder, clip_vision
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
-def _config():
+def _config(*overrides, **net):
     """The debug preset with a CLIP tower, which diffusers has too."""
-    config = runs.debug("unet.context_dim=64", "diffusion.parameterization=eps")
-    net = dict(kind="clip", dim=64, depth=2, heads=1, max_seq_len=20)
-    net |= dict(activation="quick_gelu")
+    changed = ("unet.context_dim=64", "diffusion.parameterization=eps", *overrides)
+    config = runs.debug(*changed)
+    made = dict(kind="clip", dim=64, depth=2, heads=1, max_seq_len=20)
     with config.unlocked():
-        config.conditioners.text.net = net
+        config.conditioners.text.net = made | {"activation": "quick_gelu"} | net
     return config
 
 
@@ -54,16 +57,18 @@ def _same(again, model):
 
 
 def _spec(run, tmp_path, name="same"):
-    """A config file that has the run's config."""
-    path, tokenizer = tmp_path / f"{name}.py", str(run / "tokenizers" / "text")
+    """A config file that has the run's config, and names its tokenizers."""
+    path = tmp_path / f"{name}.py"
     path.write_text(
         "import pathlib\n"
         "from ldm_jax import config\n"
         "def get_config(arg=None):\n"
-        f"    made = config.from_json(pathlib.Path({str(run)!r}, 'config.json')"
-        ".read_text())\n"
-        "    made.conditioners.text.tokenizer.train_vocab_size = None\n"
-        f"    made.conditioners.text.tokenizer.name = {tokenizer!r}\n"
+        f"    run = pathlib.Path({str(run)!r})\n"
+        "    made = config.from_json((run / 'config.json').read_text())\n"
+        "    for name, section in made.conditioners.items():\n"
+        "        if 'tokenizer' in section:\n"
+        "            section.tokenizer.train_vocab_size = None\n"
+        "            section.tokenizer.name = str(run / 'tokenizers' / name)\n"
         "    return made\n"
     )
     return str(path)
@@ -81,6 +86,37 @@ def test_there_and_back_is_bit_for_bit(tmp_path, run, name):
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     pictures = (m.sample("a red circle", steps=2) for m in (again, model))
     np.testing.assert_array_equal(*pictures)
+
+
+@pytest.mark.parametrize(
+    "task",
+    ["class_conditional", "semantic", "layout2img", "inpainting", "pixel", "upscale"],
+)
+def test_the_conditions_of_other_tasks_go_there_and_back(tmp_path, task):
+    runs.untrained(tmp_path / "run", config_lib.load(f"{runs.CONFIGS / task}.py:debug"))
+    model = ldm_jax.load(tmp_path / "run")
+    c = model.model.latent_shape[-1]
+    model = _scaled(model, [0.0] * c, [1.0] * c)
+    publish.write_file(model, tmp_path / "x.safetensors")
+    spec = _spec(tmp_path / "run", tmp_path)
+    _same(ldm_jax.load(tmp_path / "x.safetensors", config=spec), model)
+
+
+def test_a_tower_that_stops_early_goes_there_and_back(tmp_path):
+    config = _config(
+        "diffusion.schedule=cosine", activation="gelu", layer="penultimate"
+    )
+    runs.untrained(tmp_path / "run", config)
+    model, spec = ldm_jax.load(tmp_path / "run"), _spec(tmp_path / "run", tmp_path)
+    c = model.model.latent_shape[-1]
+    model = _scaled(model, [0.0] * c, [2.0] * c)
+    publish.write_file(model, tmp_path / "x.safetensors")
+    arrays = safetensors_numpy.load_file(tmp_path / "x.safetensors")
+    prefix = "cond_stage_model.model.transformer.resblocks."
+    assert {k[len(prefix)] for k in arrays if k.startswith(prefix)} == {"0"}
+    _same(ldm_jax.load(tmp_path / "x.safetensors", config=spec), model)
+    publish.write_folder(model, tmp_path / "folder")
+    _same(ldm_jax.load(tmp_path / "folder", config=spec), model)
 
 
 def test_a_spread_of_each_channel_goes_into_the_autoencoder(tmp_path, run):
@@ -126,6 +162,48 @@ def test_diffusers_draws_the_same(tmp_path, run):
         output_type="np",
     ).images
     ours = model.sample("a red circle", steps=4, guidance_scale=3.0, noise=noise)
+    np.testing.assert_allclose(ours / 255, theirs, atol=1.01 / 255)
+
+
+def test_diffusers_fills_holes_the_same(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    latent = ("autoencoder.z_channels=4", "autoencoder.embed_dim=4")
+    config = _config(*latent, "unet.in_channels=9", "unet.out_channels=4")
+    with config.unlocked():
+        config.conditioners.known = dict(kind="inpainting", convention="sd")
+    runs.untrained(tmp_path / "run", config)
+    model = ldm_jax.load(tmp_path / "run")
+    # Both draw the latent of what is known; without a variance they draw the same.
+    quant = model.first_stage.params["quant_conv"]
+    quant["kernel"] = quant["kernel"].at[..., 4:].set(0)
+    quant["bias"] = quant["bias"].at[4:].set(-30)
+    publish.write_folder(model, tmp_path / "folder")
+    pipeline = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
+        tmp_path / "folder"
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.tokenizer.model_max_length = model.config.conditioners.text.length
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(1, *model.model.latent_shape)).astype(np.float32)
+    image = rng.integers(0, 256, (1, *model.size, 3), np.uint8)
+    mask = np.zeros((1, *model.size), np.uint8)
+    mask[:, 4:11, 6:] = 1
+    theirs = pipeline(
+        "a red circle",
+        image=torch.from_numpy(image.transpose(0, 3, 1, 2) / 255).float(),
+        mask_image=torch.from_numpy(mask[:, None]).float(),
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        strength=1.0,
+        latents=torch.from_numpy(noise.transpose(0, 3, 1, 2).copy()),
+        height=model.size[0],
+        width=model.size[1],
+        output_type="np",
+    ).images
+    inputs = {"image": image, "mask": mask}
+    options = dict(steps=4, guidance_scale=3.0, noise=noise)
+    ours = model.sample("a red circle", inputs=inputs, **options)
     np.testing.assert_allclose(ours / 255, theirs, atol=1.01 / 255)
 
 
@@ -185,6 +263,11 @@ def test_what_others_can_not_hold_is_a_line(tmp_path, run, capsys):
     with pytest.raises(UserError, match="no pipeline of diffusers; it takes CLIP"):
         publish.write_folder(ldm_jax.load(tmp_path / "words"), tmp_path / "x")
     publish.write_file(ldm_jax.load(tmp_path / "words"), tmp_path / "x.safetensors")
+    with pytest.raises(SystemExit):
+        convert_main.main(
+            [str(run / "tokenizers"), str(tmp_path / "y"), "--config=z.py"]
+        )
+    assert "error: --config: no file 'z.py'" in capsys.readouterr().err
     for words, said in (
         ([str(run), str(tmp_path / "words")], "is there already; name another"),
         ([str(run), "x", "--config=y.py"], "is a run, which has a config"),
@@ -194,3 +277,77 @@ def test_what_others_can_not_hold_is_a_line(tmp_path, run, capsys):
             convert_main.main(words)
         assert said in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_what_a_file_has_no_place_for_is_a_line(tmp_path, run):
+    model = ldm_jax.load(run)
+    remembering = model.first_stage.replace(memory={"near": np.zeros((3, 2))})
+    config = runs.debug("unet.context_dim=32")
+    with config.unlocked():
+        label = dict(kind="class", num_classes=24, dim=32)
+        config.conditioners.label = label
+    runs.untrained(tmp_path / "two", config)
+    vq = dataclasses.replace(
+        model.model, autoencoder=autoencoder.VQModel(ch=32, n_embed=8)
+    )
+    for wrong, words in (
+        (
+            dataclasses.replace(model, first_stage=remembering),
+            "conditioners.near: looks",
+        ),
+        (ldm_jax.load(tmp_path / "two"), "has one place for such nets"),
+        (dataclasses.replace(model, model=vq), "a VQModel without 1x1 convolutions"),
+    ):
+        with pytest.raises(UserError, match=words):
+            publish.write_file(wrong, tmp_path / "x.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_towers_of_a_folder_are_found(tmp_path):
+    """Of unCLIP: its picture tower and the statistics of embeddings."""
+    tower = clip_vision.CLIPVisionTransformer(8, 4, 64, 1, 1, 16, "gelu")
+    net = clip_vision.ImageVector(tower)
+    init = functools.partial(tower.init, jax.random.key(0))
+    shapes = jax.eval_shape(init, jnp.zeros((1, 8, 8, 3)))["params"]
+    params = {
+        "tower": runs.random_like(shapes),
+        "mean": np.arange(16, dtype=np.float32),
+        "std": np.full(16, 2, np.float32),
+    }
+    of_tower = {"params": params["tower"]}
+    parts = {
+        "image_encoder": convert.export_network(tower, of_tower, "huggingface"),
+        "image_normalizer": {
+            key: np.asarray(params[key])[None] for key in ("mean", "std")
+        },
+    }
+    (tmp_path / "x").mkdir()
+    for name, state in parts.items():
+        (tmp_path / "x" / name).mkdir()
+        safetensors_numpy.save_file(state, tmp_path / "x" / name / "model.safetensors")
+    index = dict.fromkeys(parts, ["library", "Class"]) | {"_class_name": "Some"}
+    index |= {"feature_extractor": ["library", "Class"], "safety_checker": [None, None]}
+    (tmp_path / "x" / whole.INDEX).write_text(json.dumps(index))
+    found = whole.read_folder(tmp_path / "x", "SRC")
+    assert found.process is None and found.scale_factor is None
+    read = towers.params_of(net, found.arrays)
+    jax.tree.map(np.testing.assert_array_equal, read, params)
+
+    # Shards are put together, and a part that nobody knows is no part of a model.
+    folder = tmp_path / "x" / "image_encoder"
+    keys = sorted(parts["image_encoder"])
+    (folder / "model.safetensors").unlink()
+    for i, half in enumerate((keys[::2], keys[1::2])):
+        state = {key: parts["image_encoder"][key] for key in half}
+        safetensors_numpy.save_file(state, folder / f"{i}.safetensors")
+    listed = {key: f"{i % 2}.safetensors" for i, key in enumerate(keys)}
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": listed})
+    )
+    again = whole.read_folder(tmp_path / "x", "SRC").arrays
+    assert again.keys() == found.arrays.keys()
+    (tmp_path / "x" / "image_encoder").rename(tmp_path / "x" / "prior")
+    index = {"prior": ["library", "Class"]}
+    (tmp_path / "x" / whole.INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match="prior is a part that is not known here"):
+        whole.read_folder(tmp_path / "x", "SRC")

@@ -13,7 +13,7 @@ from ldm_jax import config as config_lib
 from ldm_jax import released
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
-from ldm_jax.convert import compvis, plans, towers
+from ldm_jax.convert import compvis, plans, towers, whole
 from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint, finetune
 from ldm_jax.train import state as train_state
@@ -189,7 +189,7 @@ def test_conditions_of_other_tasks_are_in_the_file_too(tmp_path, task, plan):
     params = loaded.params["conditioners"][name]
     state_dict = _file_of(loaded)
     state_dict |= _under("cond_stage_model.", plan(conditioner.net), params)
-    parts = released.read(state_dict, loaded.config, loaded.model)
+    parts = released.read(whole.Whole(state_dict), loaded.config, loaded.model)
     jax.tree.map(np.testing.assert_array_equal, parts.diffusion, loaded.params)
     assert parts.encoders == {} and parts.scale_factor == 1.0
 

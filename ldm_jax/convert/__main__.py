@@ -48,53 +48,70 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """What the command does; raises UserError before anything is written."""
-    from ldm_jax import check, loaded, publish, released, workdir
+    from ldm_jax import check, loaded, workdir
     from ldm_jax.convert import check as blocks
 
     config_lib.setup_logging()
     destination = pathlib.Path(args.dst)
     if destination.exists():
         raise UserError(f"DST: {destination} is there already; name another")
-    if args.scale_factor is not None and not args.scale_factor > 0:
-        raise UserError(f"--scale_factor: {args.scale_factor}; give one above 0")
     if args.check:
         blocks.libraries()
+    if workdir.is_run(pathlib.Path(args.src)):
+        run = args.src
+        _export(args, rest, destination)
+    else:
+        run = destination
+        _import(args, rest, destination)
+    if args.check:
+        check.check(loaded.load(run))
+
+
+def _export(
+    args: argparse.Namespace, rest: Sequence[str], destination: pathlib.Path
+) -> None:
+    """A run to a file or a folder of others."""
+    from ldm_jax import loaded, publish
+
+    if args.config or rest or args.raw_weights or args.scale_factor is not None:
+        raise UserError(
+            f"SRC: {args.src} is a run, which has a config and weights of its own;"
+            " leave --config and the like out"
+        )
+    to_file = destination.suffix == ".safetensors"
+    write = publish.write_file if to_file else publish.write_folder
+    write(loaded.load(args.src), destination)
+    print(f"{args.src} in {destination}")
+
+
+def _import(
+    args: argparse.Namespace, rest: Sequence[str], destination: pathlib.Path
+) -> None:
+    """A released model to a run."""
+    from ldm_jax import released
+
+    if args.scale_factor is not None and not args.scale_factor > 0:
+        raise UserError(f"--scale_factor: {args.scale_factor}; give one above 0")
     for word in rest:
         if not word.startswith("--config."):
             raise UserError(
                 f"{word}: no such flag; config fields are written --config.FIELD=VALUE"
             )
-    from_run = workdir.config_path(pathlib.Path(args.src)).is_file()
-    if from_run:
-        if args.config or rest or args.raw_weights or args.scale_factor:
-            raise UserError(
-                f"SRC: {args.src} is a run, which has a config and weights of its own;"
-                " leave --config and the like out"
-            )
-        model = loaded.load(args.src)
-        if destination.suffix == ".safetensors":
-            publish.write_file(model, destination)
-        else:
-            publish.write_folder(model, destination)
-        print(f"{args.src} in {destination}")
-    else:
-        if not args.config:
-            raise UserError(
-                f"--config: none, and {args.src} is no run; name the preset that it is"
-                " of, such as configs/txt2img.py:sd1"
-            )
-        overrides = [word.removeprefix("--config.") for word in rest]
-        config = config_lib.load(args.config, overrides)
-        nets, tokenizer_of, parts = released.open_parts(
-            args.src,
-            config,
-            averaged=not args.raw_weights,
-            scale_factor=args.scale_factor,
+    if not args.config:
+        raise UserError(
+            f"--config: none, and {args.src} is no run; name the preset that it is of,"
+            " such as configs/txt2img.py:sd1"
         )
-        released.write(destination, config, nets, tokenizer_of, parts)
-        print(f"{args.src} as {config.preset} in {destination}")
-    if args.check:
-        check.check(loaded.load(args.src if from_run else destination))
+    overrides = [word.removeprefix("--config.") for word in rest]
+    config = config_lib.load(args.config, overrides)
+    nets, tokenizer_of, parts = released.open_parts(
+        args.src,
+        config,
+        averaged=not args.raw_weights,
+        scale_factor=args.scale_factor,
+    )
+    released.write(destination, config, nets, tokenizer_of, parts)
+    print(f"{args.src} as {config.preset} in {destination}")
 
 
 if __name__ == "__main__":

@@ -38,17 +38,16 @@ def compare_unet(
     variables: Variables,
     *,
     state_dict: State | None = None,
-    size: int | None = None,
     seed: int = 0,
 ) -> list[Row]:
     """A row for each block of a UNet, in the order in which it computes.
 
     Theirs takes `state_dict`, in diffusers' keys, such as the file that `variables`
-    came from; else their export. Latents of side `size` and conditions are random.
+    came from; else their export. Latents and conditions are random.
     UserError where torch or diffusers is missing, or diffusers has no such net.
     """
     torch, diffusers, _ = libraries()
-    size = size or max(8, 2 ** (len(net.channel_mult) - 1))
+    size = max(8, 2 ** (len(net.channel_mult) - 1))
     config = write_config.unet_of(net, size)
     rng = np.random.default_rng(seed)
     x = _normal(rng, 2, size, size, net.in_channels)
@@ -74,15 +73,14 @@ def compare_autoencoder(
     variables: Variables,
     *,
     state_dict: State | None = None,
-    size: int | None = None,
     seed: int = 0,
 ) -> list[Row]:
     """A row for each block of the encoder and then of the decoder; as `compare_unet`.
 
-    The picture, of side `size`, is random; both decoders see our encoder's latent.
+    The picture is random; both decoders see our encoder's latent.
     """
     _, diffusers, _ = libraries()
-    size = size or 8 * 2 ** (len(getattr(net, "ch_mult", ())) - 1)
+    size = 8 * 2 ** (len(getattr(net, "ch_mult", ())) - 1)
     config = write_config.autoencoder_of(net, 1.0, size)
     x = _normal(np.random.default_rng(seed), 2, size, size, net.in_channels)
     plan = networks.plan_of(net, "diffusers", variables["params"])

@@ -40,10 +40,9 @@ def read_safetensors(path: pathlib.Path, option: str) -> dict[str, np.ndarray]:
     try:
         with safetensors.safe_open(path, "np"):  # checks its table against its size
             pass
-        arrays, _ = mapped.read_safetensors(path)
+        return mapped.read_safetensors(path)
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"{option}: {path} can't be read ({error!r}); give a whole file of float32"
             " or float16"
         ) from error
-    return arrays

@@ -201,7 +201,14 @@ def _read(source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         source = files.read(path, "state_dict_or_path")
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, "np") as file:
-                metadata = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                told = (file.metadata() or {}).get(METADATA, "{}")
+            try:
+                metadata = json.loads(told)
+            except ValueError as error:
+                raise UserError(
+                    f"state_dict_or_path: {path} has metadata {METADATA} that are no"
+                    f" JSON ({error}); save it anew"
+                ) from error
         metadata = {k.removeprefix("unet."): v for k, v in metadata.items()}
     return {k: networks.as_array(v) for k, v in source.items()}, metadata
 

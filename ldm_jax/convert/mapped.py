@@ -28,8 +28,8 @@ _DTYPES = {
 }
 
 
-def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
-    """The arrays of a .safetensors file as read-only views of it, and its metadata.
+def read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a .safetensors file as read-only views of it.
 
     The file must have been found sound, as `safetensors.safe_open` does. Raises
     ValueError for a dtype that numpy has not.
@@ -38,7 +38,7 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
-    metadata = header.pop("__metadata__", {})
+    header.pop("__metadata__", None)
     raw, arrays = np.frombuffer(data, np.uint8)[8 + length :], {}
     for key, entry in header.items():
         if entry["dtype"] not in _DTYPES:
@@ -47,7 +47,7 @@ def read_safetensors(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict]:
         dtype = np.dtype(_DTYPES[entry["dtype"]])
         # By ndarray, which takes any alignment.
         arrays[key] = np.ndarray(entry["shape"], dtype, raw[begin:end])
-    return arrays, metadata
+    return arrays
 
 
 def forget(array: np.ndarray) -> None:

@@ -7,7 +7,7 @@ takes its arrays there and back (`compvis`, `diffusers` and their likes).
 
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -54,42 +54,39 @@ def import_network(
     and `read_config` say. `module.apply(variables, …)` takes NHWC. UserError in one
     line where the keys are of no network known here, or don't fit the config.
     """
-    net, layout, state = recognised(_state_dict(state_dict_or_path), config)
-    variables = variables_of(net, layout, state)
+    config = _plain_config(config or {})
+    state_dict = _state_dict(state_dict_or_path)
+    kind, layout, state = recognise.recognise(state_dict, config)
+    layout, state = _tidied(kind, layout, state)
+    net = _module(kind, layout, state, config)
+    variables = _converted(net, layout, state)
     return net, variables if _has_collections(net) else {"params": variables}
 
 
-def recognised(
-    state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None
-) -> tuple[nn.Module, str, dict[str, Any]]:
-    """The module of a state dict, its key layout, and its arrays as rules have them."""
-    config = _plain_config(config or {})
-    kind, layout, state = recognise.recognise(state_dict, config)
-    layout, state = _tidied(kind, layout, state)
-    return _module(kind, layout, state, config), layout, state
+def params_of(
+    net: nn.Module,
+    state_dict: Mapping[str, Any],
+    place: Callable[[np.ndarray], Any] = lambda x: x,
+) -> dict[str, Any]:
+    """Params of `net`, whose options are known, from a state dict in any layout.
+
+    `place` is that of `plans.convert`. UserError in one line for what does not fit.
+    """
+    kind, layout, state = recognise.recognise(state_dict)
+    return _converted(net, *_tidied(kind, layout, state), place)
 
 
-def variables_of(
+def _converted(
     net: nn.Module,
     layout: str,
     state: Mapping[str, Any],
-    **options: Any,
+    place: Callable[[np.ndarray], Any] = lambda x: x,
 ) -> dict[str, Any]:
-    """The variables of `net` from what `recognised` gave; for `options` see `convert`.
-
-    Of a net with params alone, these.
-    """
     plan = plan_of(net, layout, state)
     try:
-        return plans.convert(state, plan, **options)
+        return plans.convert(state, plan, place=place)
     except ValueError as error:
         raise UserError(f"{type(net).__name__}, layout {layout}: {error}") from error
-
-
-def params_of(net: nn.Module, state_dict: Mapping[str, Any], **options: Any) -> dict:
-    """Params of `net`, whose options are known, from a state dict in any layout."""
-    kind, layout, state = recognise.recognise(state_dict)
-    return variables_of(net, *_tidied(kind, layout, state), **options)
 
 
 def export_network(

@@ -93,24 +93,22 @@ def convert(
     state_dict: Mapping[str, np.ndarray],
     plan: Plan,
     *,
-    place: Callable[[str, np.ndarray], Any] | None = None,
-    missing: list[str] | None = None,
+    place: Callable[[np.ndarray], Any] = lambda x: x,
 ) -> dict[str, Any]:
     """Reads a state dict by a plan; returns nested float32 params.
 
-    One array after the other is read, given to `place(path, array)`, which may put it
-    on devices, and let go. A list of `missing` is given the paths that the state dict
-    has no arrays for; without one they are an error.
+    One array after the other is read, given to `place`, which may put it on a device,
+    and let go.
 
     Raises ValueError that lists, in three groups, the keys which are missing, have
     another shape than the net, or are left over and not `plan.beside`; and says what
-    the likely cause is. It is raised before anything is read. So is, later, what is
-    not a number.
+    the likely cause is. That is before anything is read; after that, what is infinite
+    or NaN is one too.
     """
-    unused, absent, misshaped, found = set(state_dict), [], [], []
+    unused, missing, misshaped, found = set(state_dict), [], [], []
     for rule in plan.rules:
         if rule.key not in state_dict:
-            absent.append(rule)
+            missing.append(f"{rule.key} (for {rule.path})")
             continue
         unused.discard(rule.key)
         shape, wanted = np.shape(state_dict[rule.key]), plan.shapes[rule.path]
@@ -120,18 +118,14 @@ def convert(
                 f" {wanted}"
             )
         found.append(rule)
-    if missing is not None:
-        missing += [rule.path for rule in absent]
-        absent = []
-    lacking = [f"{rule.key} (for {rule.path})" for rule in absent]
     unknown = [key for key in sorted(unused) if not re.fullmatch(plan.beside, key)]
-    if lacking or misshaped or unknown:
-        raise ValueError(_misfit(len(found), lacking, misshaped, unknown))
+    if missing or misshaped or unknown:
+        raise ValueError(_misfit(len(found), missing, misshaped, unknown))
     params = {}
     for rule in found:
         value = _array_here(rule, state_dict[rule.key])
         _check_finite(rule.key, state_dict[rule.key], value)
-        params[rule.path] = value if place is None else place(rule.path, value)
+        params[rule.path] = place(value)
         mapped.forget(state_dict[rule.key])
     return flax.traverse_util.unflatten_dict(params, sep="/")
 

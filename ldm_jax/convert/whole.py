@@ -2,7 +2,7 @@
 
 A file of CompVis or Stability has them so. A folder of diffusers is gathered: each of
 its parts comes under the prefix of its counterpart, in its own key layout, which the
-keys tell later. What its configs say is given as CompVis' buffers are.
+keys tell later.
 """
 
 import json
@@ -31,14 +31,21 @@ _PARTS = {
 # Parts that judge or mark pictures; nothing is drawn by them.
 _ASIDE = ("safety_checker", "watermarker")
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+# What diffusers' schedulers name, as our configs do.
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SCHEDULES = {
+    "scaled_linear": "linear",
+    "linear": "sqrt_linear",
+    "squaredcos_cap_v2": "squaredcos_cap_v2",
+}
 
 
 class Whole(NamedTuple):
     """A model's arrays, and what else its source says; None is nothing."""
 
     arrays: dict[str, np.ndarray]
-    parameterization: str | None = None
+    process: dict[str, Any] | None = None  # as the section `diffusion` of our configs
+    scale_factor: float | None = None
     tokenizer: pathlib.Path | None = None
 
 
@@ -57,28 +64,20 @@ def read_folder(path: pathlib.Path, option: str) -> Whole:
         if name in _PARTS:
             own = _weights(path / name, option)
             arrays |= {_PARTS[name] + key: value for key, value in own.items()}
-        elif _shards(path / name):
+        elif _shards(path / name, option):
             raise UserError(
                 f"{option}: {path / name} is a part that is not known here; give a"
                 f" pipeline of {', '.join(_PARTS)}"
             )
-    process = path / "scheduler" / "scheduler_config.json"
-    parameterization = None
-    if process.is_file():
-        settings = _json(process, option)
-        arrays["alphas_cumprod"] = _alphas_cumprod(settings, option)
-        prediction = settings.get("prediction_type", "epsilon")
-        parameterization = PREDICTIONS.get(prediction)
-        if parameterization is None:
-            raise UserError(
-                f"{option}: {process} has prediction_type {prediction!r}; only"
-                f" {', '.join(PREDICTIONS)} are known here"
-            )
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    process = _process(scheduler, option) if scheduler.is_file() else None
+    scale_factor = None
     if "vae" in index:
-        scale = _json(path / "vae" / "config.json", option).get("scaling_factor")
-        arrays["scale_factor"] = np.array(0.18215 if scale is None else scale)
+        settings = _json(path / "vae" / "config.json", option)
+        scale_factor = settings.get("scaling_factor", 0.18215)
     tokenizer = path / "tokenizer"
-    return Whole(arrays, parameterization, tokenizer if tokenizer.is_dir() else None)
+    tokenizer = tokenizer if tokenizer.is_dir() else None
+    return Whole(arrays, process, scale_factor, tokenizer)
 
 
 def _json(path: pathlib.Path, option: str) -> Mapping[str, Any]:
@@ -90,7 +89,7 @@ def _json(path: pathlib.Path, option: str) -> Mapping[str, Any]:
         ) from error
 
 
-def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
+def _shards(folder: pathlib.Path, option: str) -> list[pathlib.Path]:
     """The files of a part's weights: safetensors, else torch's, else in half."""
     for suffix in (".safetensors", ".bin", ".fp16.safetensors", ".fp16.bin"):
         for name in _WEIGHTS:
@@ -99,13 +98,13 @@ def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
             if path.is_file():
                 return [path]
             if listed.is_file():
-                of_keys = json.loads(listed.read_text())["weight_map"]
+                of_keys = _json(listed, option).get("weight_map", {})
                 return [folder / shard for shard in sorted(set(of_keys.values()))]
     return []
 
 
 def _weights(folder: pathlib.Path, option: str) -> dict[str, np.ndarray]:
-    arrays, shards = {}, _shards(folder)
+    arrays, shards = {}, _shards(folder, option)
     if not shards:
         raise UserError(
             f"{option}: {folder} has no weights in it, though {INDEX} lists the part;"
@@ -118,29 +117,27 @@ def _weights(folder: pathlib.Path, option: str) -> dict[str, np.ndarray]:
     return arrays
 
 
-def _alphas_cumprod(settings: Mapping[str, Any], option: str) -> np.ndarray:
-    """Of a scheduler's config, float64 [T]."""
-    count = settings.get("num_train_timesteps", 1000)
-    start = settings.get("beta_start", 1e-4)
-    end = settings.get("beta_end", 0.02)
-    kind = settings.get("beta_schedule", "linear")
-    if settings.get("trained_betas") is not None:
-        betas = np.asarray(settings["trained_betas"], np.float64)
-    elif kind == "scaled_linear":
-        betas = np.linspace(start**0.5, end**0.5, count) ** 2
-    elif kind == "linear":
-        betas = np.linspace(start, end, count)
-    elif kind == "squaredcos_cap_v2":
-        u = (np.arange(count + 1) / count + 8e-3) / (1 + 8e-3)
-        bar = np.cos(u * np.pi / 2) ** 2
-        betas = np.minimum(1 - bar[1:] / bar[:-1], 0.999)
-    else:
-        raise UserError(
-            f"{option}: its scheduler has beta_schedule {kind!r}; only scaled_linear,"
-            " linear and squaredcos_cap_v2 are known here"
-        )
-    bar = np.cumprod(1 - betas)
-    if settings.get("rescale_betas_zero_snr"):
-        root = np.sqrt(bar)
-        bar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-    return bar
+def _process(path: pathlib.Path, option: str) -> dict[str, Any]:
+    """A scheduler's config in the names of our configs' section `diffusion`."""
+    settings = _json(path, option)
+    betas = settings.get("trained_betas")
+    schedule = settings.get("beta_schedule", "linear")
+    prediction = settings.get("prediction_type", "epsilon")
+    for field, value, known in (
+        ("beta_schedule", schedule, SCHEDULES),
+        ("prediction_type", prediction, PREDICTIONS),
+    ):
+        if value not in known:
+            raise UserError(
+                f"{option}: {path} has {field} {value!r}; only {', '.join(known)} are"
+                " known here"
+            )
+    return dict(
+        schedule=SCHEDULES[schedule],
+        timesteps=settings.get("num_train_timesteps", 1000),
+        linear_start=settings.get("beta_start", 1e-4),
+        linear_end=settings.get("beta_end", 0.02),
+        given_betas=betas,
+        zero_terminal_snr=settings.get("rescale_betas_zero_snr", False),
+        parameterization=PREDICTIONS[prediction],
+    )

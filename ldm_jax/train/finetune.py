@@ -46,8 +46,8 @@ def prepare(
         check(config, shapes)
         settings = config.diffusion_stage.lora
         if lora.is_on(config) and settings.get("init_from"):
-            factors = lora.initializer(config, init)(jax.random.key(0))
-            lora.start(settings, model.unet, factors)
+            fresh = jax.eval_shape(lora.initializer(config, init), jax.random.key(0))
+            lora.start(settings, model.unet, fresh)
     return load_base(config, workdir, shapes) if lora.is_on(config) else None
 
 
@@ -133,7 +133,7 @@ def load_base(
 def _checkpoints(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     """Those of that run's stage two, and the shapes of its params."""
     run = pathlib.Path(config.init_from)
-    if not workdir_lib.config_path(run).is_file():
+    if not workdir_lib.is_run(run):
         raise UserError(
             f"init_from: {run} holds no run (no config.json); give the --workdir of one"
             " that has trained a diffusion model"

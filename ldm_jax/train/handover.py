@@ -27,7 +27,7 @@ def adopt_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
     run = pathlib.Path(config.autoencoder_from)
     if checkpoint.Checkpoints(workdir / "autoencoder").finished():
         run = workdir  # copied before; the other run may be gone
-    elif not workdir_lib.config_path(run).is_file():
+    elif not workdir_lib.is_run(run):
         raise UserError(
             f"autoencoder_from: {run} holds no run (no config.json); give the --workdir"
             " of one that has trained an autoencoder"
