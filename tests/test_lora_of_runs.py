@@ -67,6 +67,12 @@ def test_trained_factors_go_into_a_file_and_on_from_it(tmp_path):
     factors, *_ = convert.import_lora(trained.model.unet, path)
     assert factors.keys() == trained.factors["unet"].keys()
 
+    # A run that starts from them and learns nothing still has them.
+    settings.targets = "unet/.*(to_q|conv1)"
+    config.diffusion_stage.optim.learning_rate = 0.0
+    assert loop.train(config, tmp_path / "same")
+    jax.tree.map(close, ldm_jax.load(tmp_path / "same").factors, trained.factors)
+
 
 def test_a_file_needs_factors_to_train():
     with pytest.raises(UserError, match="lora.init_from: 'x', but no factors"):

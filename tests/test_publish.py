@@ -13,13 +13,15 @@ from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
 from ldm_jax import config as config_lib
-from ldm_jax import convert, publish
+from ldm_jax import convert, draw, publish
+from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
 from ldm_jax.convert import towers, whole
 from ldm_jax.nets import autoencoder, clip_vision
 from tests import runs
 
+ATOL = 5e-5
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
 
@@ -56,6 +58,21 @@ def _same(again, model):
     np.testing.assert_array_equal(again.first_stage.std, model.first_stage.std)
 
 
+def _drawn(model, inputs, noise):
+    """Pictures in [0, 1], not yet of 8 bits."""
+    drawn = draw.draw(
+        model.model,
+        model.params,
+        model.first_stage,
+        conditioning.prepare(model.model.conditioners, inputs),
+        count=1,
+        settings=draw.Settings(steps=4),
+        guidance_scale=3.0,
+        noise=noise,
+    )
+    return np.clip(np.asarray(drawn.images) / 2 + 0.5, 0, 1)
+
+
 def _spec(run, tmp_path, name="same"):
     """A config file that has the run's config, and names its tokenizers."""
     path = tmp_path / f"{name}.py"
@@ -83,6 +100,11 @@ def test_there_and_back_is_bit_for_bit(tmp_path, run, name):
     (publish.write_folder if name == "folder" else publish.write_file)(model, path)
     again = ldm_jax.load(path, config=_spec(run, tmp_path))
     _same(again, model)
+    if name == "folder":
+        told = json.loads((path / "vae" / "config.json").read_text())["scaling_factor"]
+    else:
+        told = safetensors_numpy.load_file(path)["scale_factor"]
+    assert told == 0.18215
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
     pictures = (m.sample("a red circle", steps=2) for m in (again, model))
     np.testing.assert_array_equal(*pictures)
@@ -161,8 +183,8 @@ def test_diffusers_draws_the_same(tmp_path, run):
         width=side,
         output_type="np",
     ).images
-    ours = model.sample("a red circle", steps=4, guidance_scale=3.0, noise=noise)
-    np.testing.assert_allclose(ours / 255, theirs, atol=1.01 / 255)
+    ours = _drawn(model, {"caption": ["a red circle"]}, noise)
+    np.testing.assert_allclose(ours, theirs, atol=ATOL)
 
 
 def test_diffusers_fills_holes_the_same(tmp_path):
@@ -201,10 +223,9 @@ def test_diffusers_fills_holes_the_same(tmp_path):
         width=model.size[1],
         output_type="np",
     ).images
-    inputs = {"image": image, "mask": mask}
-    options = dict(steps=4, guidance_scale=3.0, noise=noise)
-    ours = model.sample("a red circle", inputs=inputs, **options)
-    np.testing.assert_allclose(ours / 255, theirs, atol=1.01 / 255)
+    inputs = {"caption": ["a red circle"], "image": image, "mask": mask}
+    ours = _drawn(model, inputs, noise)
+    np.testing.assert_allclose(ours, theirs, atol=ATOL)
 
 
 def test_the_command_goes_there_and_back(tmp_path, run, capsys):
