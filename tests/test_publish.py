@@ -73,9 +73,9 @@ def _drawn(model, inputs, noise):
     return np.clip(np.asarray(drawn.images) / 2 + 0.5, 0, 1)
 
 
-def _spec(run, tmp_path, name="same"):
+def _spec(run, tmp_path, tokenizers="tokenizers"):
     """A config file that has the run's config, and names its tokenizers."""
-    path = tmp_path / f"{name}.py"
+    path = tmp_path / "same.py"
     path.write_text(
         "import pathlib\n"
         "from ldm_jax import config\n"
@@ -85,7 +85,7 @@ def _spec(run, tmp_path, name="same"):
         "    for name, section in made.conditioners.items():\n"
         "        if 'tokenizer' in section:\n"
         "            section.tokenizer.train_vocab_size = None\n"
-        "            section.tokenizer.name = str(run / 'tokenizers' / name)\n"
+        f"            section.tokenizer.name = str(run / {tokenizers!r} / name)\n"
         "    return made\n"
     )
     return str(path)
@@ -230,7 +230,7 @@ def test_diffusers_fills_holes_the_same(tmp_path):
 
 def test_the_command_goes_there_and_back(tmp_path, run, capsys):
     convert_main.main([str(run), str(tmp_path / "folder")])
-    spec = _spec(run, tmp_path)
+    spec = _spec(run, tmp_path, tokenizers="nowhere")  # the folder has its own
     convert_main.main(
         [str(tmp_path / "folder"), str(tmp_path / "again"), f"--config={spec}"]
     )

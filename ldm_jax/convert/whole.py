@@ -112,8 +112,6 @@ def _weights(folder: pathlib.Path, option: str) -> dict[str, np.ndarray]:
         )
     for path in shards:
         arrays |= files.read(path, option)
-    if folder.name == "image_normalizer":
-        arrays = {key: np.ravel(value) for key, value in arrays.items()}
     return arrays
 
 

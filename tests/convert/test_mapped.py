@@ -54,6 +54,9 @@ def test_what_was_read_is_let_go(tmp_path):
     mapped.forget(array)
     assert _resident(array) < 100
     assert array.sum() == 2**20
+    plan = plans.Plan([plans.Rule("a", "a", plans.AS_IS)], {"a": (2**20,)})
+    params = plans.convert({"a": array}, plan, place=np.array)
+    assert params["a"].sum() == 2**20 and _resident(array) < 100
 
 
 def test_arrays_are_placed_one_by_one_as_they_are_here():
