@@ -41,6 +41,18 @@ def openmoji() -> ConfigDict:
     return config
 
 
+def crops() -> ConfigDict:
+    """As `openmoji`, parts of scenes; for pictures of any size by windows (--tile).
+
+    The layout says where in the whole the part lies, so each window can be told its own
+    place.
+    """
+    config = openmoji()
+    config.data.options.crop = 0.5
+    config.conditioners.layout.encode_crop = True
+    return config
+
+
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
     return defaults.debug(openmoji())
@@ -61,7 +73,12 @@ def openimages256() -> ConfigDict:
     return config
 
 
-PRESETS = {"openmoji": openmoji, "debug": debug, "openimages256": openimages256}
+PRESETS = {
+    "openmoji": openmoji,
+    "debug": debug,
+    "crops": crops,
+    "openimages256": openimages256,
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -87,26 +87,45 @@ class Start(NamedTuple):
 def encode(
     model: model_lib.LatentDiffusion,
     params: Mapping[str, Any],
-    first_stage: first_stage_lib.FirstStage,
     rows: Rows,
+    first_stage: first_stage_lib.FirstStage,
     noise_level: jax.Array | None,
     dropped: Sequence[Sequence[str]],
-) -> list[conditioning.Conditioning]:
-    """The conditions of every guided half, then all of them."""
+    window: tuple[int, int] | None = None,
+) -> list[conditioning.Conditioning | tiling.PerWindow]:
+    """The conditions of every guided half, then all of them.
+
+    They are told of each window where one of them is of a part of the picture.
+    """
     keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, CONDITION)
     tools = model_lib.make_tools(model, first_stage, keys, noise_level)
     b = len(keys)
-    return [
-        conditioning.encode(
-            model.conditioners,
-            {**params["conditioners"], **first_stage.encoders},
-            rows.fields,
-            tools=tools,
-            dropped={name: jnp.ones(b, bool) for name in names},
-            sequential=model.unet.sequential_crossattn,
-        )
-        for names in (*dropped, ())
-    ]
+
+    def halves(fields):
+        return [
+            conditioning.encode(
+                model.conditioners,
+                {**params["conditioners"], **first_stage.encoders},
+                fields,
+                tools=tools,
+                dropped={name: jnp.ones(b, bool) for name in names},
+                sequential=model.unet.sequential_crossattn,
+            )
+            for names in (*dropped, ())
+        ]
+
+    placed = {n: c.of_window for n, c in model.conditioners.items() if c.of_window}
+    if window is None or not placed:
+        return halves(rows.fields)
+
+    def of_window(frame):
+        there = {name: of(rows.fields[name], frame) for name, of in placed.items()}
+        return halves({**rows.fields, **there})
+
+    frames = tiling.frames(model.latent_shape[:2], window)
+    conds = jax.lax.map(of_window, jnp.asarray(frames))
+    conds = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), conds)
+    return [tiling.PerWindow(cond) for cond in conds]
 
 
 def mixed(begin: Any, end: Any, weight: jax.Array) -> Any:
@@ -159,10 +178,11 @@ def _draw_fn(model: model_lib.LatentDiffusion, settings: Settings):
         level,
         classifier,
     ):
-        conds = encode(model, params, first_stage, rows, level, settings.dropped)
+        given = first_stage, level, settings.dropped, settings.window
+        conds = encode(model, params, rows, *given)
         noise, keys = _noise(model, rows)
         if end is not None:
-            others = encode(model, params, first_stage, end, level, settings.dropped)
+            others = encode(model, params, end, *given)
             conds = mixed(conds, others, weight)
             noise = editing.slerp(noise, _noise(model, end)[0], weight)
         score = None
@@ -227,7 +247,7 @@ def _invert_fn(model: model_lib.LatentDiffusion, settings: Settings):
 
     @jax.jit
     def invert(params, first_stage, rows, images, level):
-        conds = encode(model, params, first_stage, rows, level, ())
+        conds = encode(model, params, rows, first_stage, level, ())
         denoise = model_lib.make_denoiser(model, params, conds)
         keys = jax.vmap(jax.random.fold_in, (0, None))(rows.keys, INIT)
         tools = model_lib.make_tools(model, first_stage, keys)

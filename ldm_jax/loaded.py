@@ -257,7 +257,8 @@ class LoadedModel:
         model = self.model
         if size is not None:
             model = self.sized((size, size) if isinstance(size, int) else tuple(size))
-        taken = self.fields
+        optional = kinds.optional_fields(model.conditioners)
+        taken = (*self.fields, *(name for name in optional if name in inputs))
         extras = ["init_image", "mask", "label"][: 2 + (self.classifier is not None)]
         extras = [name for name in extras if name in inputs]
         extras = [name for name in extras if name not in taken]

@@ -42,8 +42,13 @@ def picture(fields: Mapping[str, Any], size: int) -> np.ndarray | None:
     picture with its hole in grey.
     """
     if "boxes" in fields:
-        pairs = zip(fields["boxes"], fields["categories"], strict=True)
-        return np.stack([_boxes(boxes, numbers, size) for boxes, numbers in pairs])
+        boxes = np.asarray(fields["boxes"])
+        if "crop" in fields:  # boxes are of the larger picture that it shows a part of
+            corner, end = np.split(np.asarray(fields["crop"])[:, None], 2, axis=-1)
+            shown = np.tile(corner, 2), np.tile(end - corner, 2)
+            boxes = (boxes - shown[0]) / shown[1]
+        pairs = zip(boxes, fields["categories"], strict=True)
+        return np.stack([_boxes(row, numbers, size) for row, numbers in pairs])
     if "segmentation" in fields:
         rows = colour(fields["segmentation"])
     elif "low_res" in fields:

@@ -15,10 +15,12 @@ import pytest
 from PIL import Image
 
 import ldm_jax
+from ldm_jax import config as config_lib
 from ldm_jax import draw, first_stage, picture, sample
 from ldm_jax import model as model_lib
+from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
-from ldm_jax.diffusion import samplers
+from ldm_jax.diffusion import samplers, tiling
 from ldm_jax.train import checkpoint
 from tests import runs
 
@@ -224,6 +226,42 @@ def test_another_size_and_windows_of_the_trained_one(loaded):
     assert _distance(same, loaded.sample(PROMPTS)) <= 1
     with pytest.raises(UserError, match="--size: 17x16; the nets need multiples of 2"):
         loaded.sample(PROMPTS, size=(17, 16))
+
+
+def test_a_layout_s_windows_are_told_their_places(tmp_path):
+    config = config_lib.load(f"{runs.CONFIGS}/layout2img.py:debug")
+    config.conditioners.layout.encode_crop = True
+    runs.untrained(tmp_path, config)
+    model = ldm_jax.load(tmp_path)
+    boxes = np.array([[[0.1, 0.2, 0.6, 0.9], [0.5, 0.0, 1.0, 1.0]]], np.float32)
+    inputs = {"boxes": boxes, "categories": np.array([[3, 5]])}
+    wide, (h, w) = model.sized((32, 16)), model.model.latent_shape[:2]
+    keys = draw.row_keys(0, 1)
+
+    def contexts(crop, window=None):
+        columns = inputs | {"crop": np.array([crop], np.float32)}
+        fields = conditioning.prepare(wide.conditioners, columns)
+        rows = draw.Rows(fields, keys)
+        return draw.encode(
+            wide, model.params, rows, model.first_stage, None, [["layout"]], window
+        )
+
+    whole = (0.0, 0.0, 1.0, 1.0)
+    frames = tiling.frames(wide.latent_shape[:2], (h, w))
+    assert len(frames) == 3
+    _, each = contexts(whole, (h, w))
+    for number, (x, y, width, height) in enumerate(frames):
+        _, own = contexts((x, y, x + width, y + height))
+        context = each.conds.context[:, number]
+        np.testing.assert_allclose(context, own.context, atol=5e-5)
+    assert np.abs(each.conds.context[:, 0] - each.conds.context[:, 1]).max() > 1e-3
+
+    drawn = model.sample(inputs=inputs, size=(32, 16), tile=True, steps=2)
+    assert drawn.shape == (1, 32, 16, 3)
+    same = model.sample(inputs=inputs | {"crop": [whole]}, steps=2)
+    assert _distance(same, model.sample(inputs=inputs, steps=2)) == 0
+    part = model.sample(inputs=inputs | {"crop": [(0, 0, 0.5, 0.5)]}, steps=2)
+    assert _distance(part, same) > 1
 
 
 def test_progress_ends_near_the_picture(loaded):

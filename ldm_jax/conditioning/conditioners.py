@@ -89,7 +89,9 @@ class Conditioner:
     how many levels of noise it can be given. `remembered(x, tools, params)` makes of
     training pictures [b, H, W, 3] in [-1, 1] what `before` will look up, [b, d], where
     d is `remembered_dim`. `weights` says where those of a net that is not trained are,
-    see frozen.py.
+    see frozen.py. `otherwise` has the value of columns that rows need not have.
+    `of_window(values, frame)` is what `values` [b, …] are for a part of the picture,
+    where they differ there: `frame` [4] is x, y, width and height in parts of it.
     """
 
     fields: tuple[str, ...]
@@ -106,6 +108,8 @@ class Conditioner:
     remembered: Callable[[jax.Array, Tools, Any], jax.Array] | None = None
     remembered_dim: int = 0
     weights: str | None = None
+    otherwise: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    of_window: Callable[[jax.Array, jax.Array], jax.Array] | None = None
 
     @property
     def has_params(self) -> bool:
@@ -117,8 +121,15 @@ def prepare(
     conditioners: Mapping[str, Conditioner], columns: Mapping[str, Any]
 ) -> dict[str, np.ndarray]:
     """One prepared array [n, …] per conditioner, of the raw columns that it reads."""
+    n = len(next(iter(columns.values()), ()))
+
+    def column(conditioner, field):
+        if field not in columns and field in conditioner.otherwise:
+            return np.repeat(np.asarray(conditioner.otherwise[field])[None], n, axis=0)
+        return columns[field]
+
     return {
-        name: conditioner.prepare(*(columns[field] for field in conditioner.fields))
+        name: conditioner.prepare(*(column(conditioner, f) for f in conditioner.fields))
         for name, conditioner in conditioners.items()
     }
 

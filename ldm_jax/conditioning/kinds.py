@@ -133,8 +133,9 @@ def layout(
 
     The order of objects means nothing, so training draws a new one for every row.
     `num_tokens` is the vocabulary: as fine a grid of corners as fits into it.
-    `encode_crop` adds the two tokens of the part of the picture that is shown, which
-    is all of it.
+    `encode_crop` adds the two tokens of the part of a larger picture that is shown: the
+    column `crop` [n, 4] has it (x0, y0, x1, y1), and without such a column it is the
+    whole. Boxes are then parts of the larger picture.
     """
     del setting
 
@@ -144,16 +145,23 @@ def layout(
             f' "none" need {num_classes + 2} or more'
         )
 
-    def prepare(boxes: Any, categories: Any) -> np.ndarray:
+    def prepare(boxes: Any, categories: Any, *crops: Any) -> np.ndarray:
         layout_tokens.check(boxes, categories, num_classes)
+        if crops:
+            layout_tokens.check_crops(*crops)
         return layout_tokens.encode(
             layout_tokens.from_corners(boxes),
             categories,
             num_classes=num_classes,
             max_objects=max_objects,
             num_tokens=num_tokens,
+            crop=layout_tokens.from_corners(*crops) if crops else None,
             encode_crop=encode_crop,
         )
+
+    def of_window(tokens: jax.Array, frame: jax.Array) -> jax.Array:
+        crop = layout_tokens.within_crops(tokens[:, -2:], frame, num_tokens)
+        return jnp.concatenate([tokens[:, :-2], crop], axis=1)
 
     null = prepare(np.zeros((1, 1, 4)), np.full((1, 1), -1))[0]
 
@@ -168,13 +176,15 @@ def layout(
     options = dict(vocab_size=num_tokens, max_seq_len=len(null))
     options |= dict(net)
     return Conditioner(
-        fields=("boxes", "categories"),
+        fields=("boxes", "categories") + ("crop",) * encode_crop,
         slots=(slot,),
         prepare=prepare,
         null=null,
         net=construct("conditioners.*.net", text_encoder.TextTransformer, options),
         dropout=dropout,
         before=before,
+        otherwise={"crop": (0.0, 0.0, 1.0, 1.0)},
+        of_window=of_window if encode_crop else None,
     )
 
 
@@ -232,5 +242,14 @@ def build(
 
 
 def required_fields(conditioners: Mapping[str, Conditioner]) -> tuple[str, ...]:
-    """The source columns that a model's conditions read, each once."""
-    return tuple(dict.fromkeys(f for c in conditioners.values() for f in c.fields))
+    """The source columns that a model's conditions must have, each once."""
+    fields = [
+        f for c in conditioners.values() for f in c.fields if f not in c.otherwise
+    ]
+    return tuple(dict.fromkeys(fields))
+
+
+def optional_fields(conditioners: Mapping[str, Conditioner]) -> tuple[str, ...]:
+    """The source columns that they also read, where there are any."""
+    fields = [f for c in conditioners.values() for f in c.fields if f in c.otherwise]
+    return tuple(dict.fromkeys(fields))

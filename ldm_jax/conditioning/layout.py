@@ -8,6 +8,7 @@ corner is one cell of a square grid over the picture (taming's
 import math
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import UserError
@@ -26,35 +27,37 @@ def encode(
     max_objects: int = 30,
     num_tokens: int = NUM_TOKENS,
     modifiers: Any = None,
-    crop: tuple[float, float, float, float] | None = None,
+    crop: Any = None,
     encode_crop: bool = False,
     flip: bool = False,
 ) -> np.ndarray:
     """Tokens int32 [n, 3 · max_objects (+ 2 of the crop if `encode_crop`)].
 
-    boxes [n, m, 4] and crop are (x, y, width, height) in parts of the picture, the
-    annotations' own form; categories int [n, m] have -1 where there is no object;
-    modifiers int [n, m] are bits. Objects beyond
-    `max_objects`, of no area, or outside of `crop` are left out, and their places hold
-    the token "none", the last one. Without `encode_crop` boxes are relative to the
-    crop. `flip` mirrors left and right.
+    boxes [n, m, 4] and crop, [n, 4] or one for all, are (x, y, width, height) in parts
+    of the picture, the annotations' own form; categories int [n, m] have -1 where there
+    is no object; modifiers int [n, m] are bits. Objects beyond `max_objects`, of no
+    area, or outside of the crop are left out, and their places hold the token "none",
+    the last one. Without `encode_crop` boxes are relative to the crop. `flip` mirrors
+    left and right.
     """
     boxes, categories = np.asarray(boxes, np.float64), np.asarray(categories)
     if modifiers is None:
         modifiers = np.zeros_like(categories)
     sections, none = math.isqrt(num_tokens), num_tokens - 1
-    frame = WHOLE if crop is None else crop
-    window = WHOLE if encode_crop else frame
+    crop = np.asarray(WHOLE if crop is None else crop, np.float64)
 
     def token(x, y):
-        # np.round takes halves to the even number, as Python's does.
-        cells = np.round(np.array([x, y]) * (sections - 1)).astype(int)
-        return cells[1] * sections + cells[0]
+        return _token(np.float64(x), np.float64(y), sections)
 
     rows = []
-    for row_boxes, row_classes, row_bits in zip(
-        boxes, categories, np.asarray(modifiers), strict=True
+    for row_boxes, row_classes, row_bits, frame in zip(
+        boxes,
+        categories,
+        np.asarray(modifiers),
+        np.broadcast_to(crop, (len(boxes), 4)),
+        strict=True,
     ):
+        window = WHOLE if encode_crop else frame
         tokens = []
         there = np.flatnonzero(row_classes >= 0)[:max_objects]
         for i in there:
@@ -70,6 +73,31 @@ def encode(
             tokens += [token(x, y), token(x + w, y + h)]
         rows.append(tokens)
     return np.array(rows, np.int32)
+
+
+def within_crops(tokens: Any, frame: Any, num_tokens: int = NUM_TOKENS) -> Any:
+    """Tokens [b, 2] of the part `frame` (x, y, width, height) of crops [b, 2].
+
+    Arrays of numpy or JAX. LDM encodes the crop anew for each tile
+    (`LatentDiffusion.apply_model`).
+    """
+    sections = math.isqrt(num_tokens)
+    x, y = (a / (sections - 1) for a in (tokens % sections, tokens // sections))
+
+    def part(side, start, size):  # of every crop's [b, 2] from and to
+        length = side[:, 1] - side[:, 0]
+        first = side[:, 0] + start * length
+        return first, first + size * length
+
+    (x0, x1), (y0, y1) = part(x, frame[0], frame[2]), part(y, frame[1], frame[3])
+    corners = [_token(x0, y0, sections), _token(x1, y1, sections)]
+    return jnp.stack(corners, axis=1).astype(tokens.dtype)
+
+
+def _token(x, y, sections):
+    """The cell of a corner; halves go to the even number, as Python's `round`."""
+    cells = [(a * (sections - 1)).round().astype(int) for a in (x, y)]
+    return cells[1] * sections + cells[0]
 
 
 def decode(
@@ -113,6 +141,16 @@ def check(boxes: Any, categories: Any, num_classes: int) -> None:
             f"categories: {unknown[0]} is unknown; choose from 0 to {num_classes - 1},"
             " or -1 for no object"
         )
+
+
+def check_crops(crops: Any) -> None:
+    """Raises UserError for a part that is shown which is none of the picture."""
+    for x0, y0, x1, y1 in np.asarray(crops):
+        if not (0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1):
+            raise UserError(
+                f"crop: {[float(x) for x in (x0, y0, x1, y1)]} is out of range; give"
+                " [x0, y0, x1, y1] with 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1"
+            )
 
 
 def from_corners(boxes: Any) -> np.ndarray:

@@ -121,20 +121,34 @@ def held_out(*combination: str) -> bool:
 
 
 def scene(
-    split: str, index: int, resolution: int, objects: tuple[int, int] = (1, 4)
+    split: str,
+    index: int,
+    resolution: int,
+    objects: tuple[int, int] = (1, 4),
+    crop: float = 1.0,
 ) -> dict[str, Any]:
     """Scene `index` of a split, of `objects` from the first to the second number.
+
+    Where `crop` is below 1, a part of a larger scene is shown, whose sides are so much
+    of the scene's or more.
 
     image uint8 [H, W, 3]; caption; boxes float32 [6, 4] as (x0, y0, x1, y1) in parts of
     the picture, around what the drawing would show uncovered, rows of zeros after the
     last; categories int32 [6], places in openmoji.CLASS_NAMES, -1 after the last;
     segmentation uint8 [H, W], places in CLASS_NAMES; depth float32 [H, W], 0 for the
-    ground, to 1 for the nearest.
+    ground, to 1 for the nearest; crop float32 [4], (x0, y0, x1, y1) of what is shown.
+    Caption and boxes are those of the whole scene.
     """
     if split not in SPLITS:
         raise UserError(f"split={split!r}: openmoji_scenes has {' and '.join(SPLITS)}")
     key = (zlib.crc32(split.encode()), index)
     rng = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
+    shown = resolution
+    if crop < 1:  # drawn before the rest, which depends on the canvas
+        resolution = round(shown / rng.uniform(crop, 1.0))
+        x, y = rng.integers(resolution - shown + 1, size=2)
+    else:
+        x = y = 0
     caption, ground, placed = _compose(rng, split == SPLITS[1], resolution, objects)
 
     image = np.empty((resolution, resolution, 3), np.uint8)
@@ -152,13 +166,16 @@ def scene(
         depth[part][solid] = layer / len(placed)
         boxes[layer - 1] = (box + (left, top, left, top)) / resolution
         categories[layer - 1] = noun.label
+    part = slice(y, y + shown), slice(x, x + shown)
+    frame = np.array([x, y, x + shown, y + shown], np.float32) / resolution
     return {
-        "image": image,
+        "image": image[part],
         "caption": caption,
         "boxes": boxes,
         "categories": categories,
-        "segmentation": segmentation,
-        "depth": depth,
+        "segmentation": segmentation[part],
+        "depth": depth[part],
+        "crop": frame,
     }
 
 
@@ -281,12 +298,18 @@ def check_objects(objects: Sequence[int]) -> None:
 
 
 def columns(
-    split: str, resolution: int, count: int, objects: Sequence[int] = (1, 4)
+    split: str,
+    resolution: int,
+    count: int,
+    objects: Sequence[int] = (1, 4),
+    crop: float = 1.0,
 ) -> dict[str, np.ndarray]:
     """The first `count` scenes of a split, one column a field."""
     check_objects(objects)
+    if not 0 < crop <= 1:
+        raise UserError(f"data.options.crop: {crop}; choose above 0, and 1 at most")
     low, high = objects
-    rows = [scene(split, index, resolution, (low, high)) for index in range(count)]
+    rows = [scene(split, i, resolution, (low, high), crop) for i in range(count)]
     captions = np.array([row.pop("caption") for row in rows], object)
     made = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
     return {"caption": captions} | made

@@ -109,22 +109,24 @@ def openmoji_scenes(
     resolution: int = 64,
     count: int = 4096,
     objects=(1, 4),
+    crop: float = 1.0,
     endless: bool = False,
 ) -> Source:
     """Several emoji on one canvas, with captions, boxes, maps of classes and depth.
 
     Splits `train` and `compositional`; see `ldm_jax.data.openmoji_scenes`. `objects`
-    are the fewest and the most of a scene. The held-out split has an eighth of `count`.
+    are the fewest and the most of a scene; below 1, `crop` is the least side of the
+    part of it that is shown. The held-out split has an eighth of `count`.
     `endless` goes on composing new ones in training, behind the first `count`.
     """
     from ldm_jax.data import openmoji_scenes as dataset
 
     if split == dataset.SPLITS[1]:
         count = max(count // 8, 1)
-    columns = dataset.columns(split, resolution, count, objects)
+    columns = dataset.columns(split, resolution, count, objects, crop)
 
     def example(index):
-        return dataset.scene(split, index, resolution, tuple(objects))
+        return dataset.scene(split, index, resolution, tuple(objects), crop)
 
     training = split == dataset.SPLITS[0]
     return Source(

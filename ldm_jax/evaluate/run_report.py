@@ -117,9 +117,11 @@ def raw_conditions(
     model: model_lib.LatentDiffusion, source: sources.Source, ops: Any
 ) -> dict[str, Any]:
     """The columns that a model's conditions read; pictures as the nets see them."""
+    names = kinds.required_fields(model.conditioners)
+    also = kinds.optional_fields(model.conditioners)
     return {
         name: pipeline.pictures(source, ops) if name == "image" else source.fields[name]
-        for name in kinds.required_fields(model.conditioners)
+        for name in (*names, *(name for name in also if name in source.fields))
     }
 
 

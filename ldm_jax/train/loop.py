@@ -18,7 +18,7 @@ from ldm_jax import frozen as frozen_lib
 from ldm_jax import loaded as loaded_lib
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
-from ldm_jax.conditioning import tokenizers
+from ldm_jax.conditioning import kinds, tokenizers
 from ldm_jax.config import UserError
 from ldm_jax.data import pipeline, sources
 from ldm_jax.evaluate import run_report
@@ -421,7 +421,7 @@ def train(
     if "diffusion" in config.stages:
         model = model_lib.build(config, tokenizer_of)
         for name, conditioner in model.conditioners.items():
-            for field in conditioner.fields:
+            for field in kinds.required_fields({name: conditioner}):
                 check_data.field(name, field, train_source)
                 check_data.field(name, field, heldout_source)
         check_data.ops(config, model)

@@ -73,3 +73,34 @@ def test_tokens_tell_the_boxes_again():
 def test_wrong_layouts(box, category, error):
     with pytest.raises(UserError, match=error):
         layout.check([[box]], [[category]], 21)
+
+
+def test_a_part_of_a_crop_has_the_tokens_of_that_part():
+    """What is told of a window is what would have been told of such a crop."""
+    crops = np.array([[0.0, 0.0, 1.0, 1.0], [0.25, 0.5, 0.5, 0.5]])
+    boxes, none = np.zeros((2, 1, 4)), np.full((2, 1), -1)
+
+    def tokens(crops):
+        made = layout.encode(
+            boxes, none, num_classes=21, max_objects=3, crop=crops, encode_crop=True
+        )
+        return made[:, -2:]
+
+    frame = np.array([0.5, 0.25, 0.5, 0.75])
+    x, y, w, h = crops.T
+    parts = [x + frame[0] * w, y + frame[1] * h, frame[2] * w, frame[3] * h]
+    inside = layout.within_crops(tokens(crops), frame)
+    # Corners are known to a cell of the grid, so their parts are too.
+    wanted, sections = tokens(np.stack(parts, axis=1)), 90
+    for axis in (lambda t: t % sections, lambda t: t // sections):
+        assert np.abs(axis(np.asarray(inside)) - axis(wanted)).max() <= 1
+    np.testing.assert_array_equal(inside[0], wanted[0])
+    whole = layout.within_crops(tokens(crops), np.array([0.0, 0.0, 1.0, 1.0]))
+    np.testing.assert_array_equal(whole, tokens(crops))
+    assert whole.dtype == np.int32
+
+
+def test_a_crop_out_of_range_is_said():
+    layout.check_crops([[0.0, 0.0, 1.0, 1.0]])
+    with pytest.raises(UserError, match=r"crop: \[0.5, 0.0, 0.25, 1.0\] is out of"):
+        layout.check_crops([[0.5, 0.0, 0.25, 1.0]])

@@ -314,3 +314,29 @@ def test_what_is_derived_is_the_same_stored_and_made_anew():
         row = source.example(index)
         for name in ("mask", "low_res"):
             np.testing.assert_array_equal(row[name], source.fields[name][index])
+
+
+def test_a_part_of_a_scene_says_where_it_lies():
+    sides = []
+    for index in range(30):
+        row = openmoji_scenes.scene("train", index, 32, (1, 2), crop=0.5)
+        x0, y0, x1, y1 = row["crop"]
+        canvas = round(32 / (x1 - x0))
+        assert row["image"].shape == (32, 32, 3) and row["depth"].shape == (32, 32)
+        assert 0 <= x0 and 0 <= y0 and x1 <= 1 and y1 <= 1 and 32 <= canvas <= 64
+        # What is on the part is inside of the boxes, which are of the whole.
+        inside = np.zeros((32, 32), bool)
+        for box in row["boxes"][row["categories"] >= 0] * canvas:
+            left, top, right, bottom = np.round(box - np.tile([x0, y0], 2) * canvas)
+            rows, columns = (
+                slice(max(int(a), 0), max(int(b), 0))
+                for a, b in ((top, bottom), (left, right))
+            )
+            inside[rows, columns] = True
+        assert not row["segmentation"][~inside].any()
+        sides.append(canvas)
+    assert len(set(sides)) > 5
+    whole = openmoji_scenes.scene("train", 3, 32)
+    np.testing.assert_array_equal(whole["crop"], [0, 0, 1, 1])
+    with pytest.raises(UserError, match="data.options.crop: 0; choose above 0"):
+        openmoji_scenes.columns("train", 32, 1, crop=0)

@@ -91,3 +91,25 @@ def test_pictures_among_the_conditions_are_cut_and_tokens_are_not():
     with pytest.raises(UserError, match="does not lie over"):
         cond["map"] = cond["map"][:, :6]
         tiling.tiled_apply(apply, 8)(z_t, jnp.zeros([2], jnp.int32), cond)
+
+
+def test_every_window_has_its_own_condition():
+    z_t = jnp.zeros([2, 12, 20, 3])
+    frames = tiling.frames((12, 20), 8)
+    np.testing.assert_allclose(frames[0], [0, 0, 8 / 20, 8 / 12])
+    np.testing.assert_allclose(frames[-1], [12 / 20, 4 / 12, 8 / 20, 8 / 12])
+    places = jnp.arange(12.0 * 20).reshape(12, 20)
+    cond = tiling.PerWindow(
+        {
+            "corner": jnp.tile(frames[None, :, :2], [2, 1, 1]),
+            "map": jnp.tile(places[None, None, :, :, None], [2, len(frames), 1, 1, 1]),
+        }
+    )
+
+    def apply(z_window, t, cond):  # 0 where the condition is of this window
+        top, left = jnp.divmod(cond["map"][:, 0, 0, 0], 20)
+        wrong = cond["corner"] - jnp.stack([left / 20, top / 12], axis=1)
+        return z_window + wrong.sum(1)[:, None, None, None]
+
+    out = tiling.tiled_apply(apply, 8)(z_t, jnp.zeros([2], jnp.int32), cond)
+    np.testing.assert_allclose(out, 0, atol=1e-6)
