@@ -12,15 +12,12 @@ __version__ = "0.1.0"
 def load(source: str | os.PathLike, config: str | None = None) -> "LoadedModel":
     """A trained model; `.sample(prompts)` draws from it.
 
-    `source` is a run's workdir, of which the newest checkpoint is taken; or, with the
-    `config` that it is of ("configs/txt2img.py:sd1"), a released checkpoint, a folder
-    of diffusers or a hub id.
+    `source` is a run's workdir, of which the newest checkpoint is taken; or a released
+    checkpoint or a folder of diffusers, which is recognised unless `config` says what
+    it is ("configs/txt2img.py:sd1", or the original YAML); or with that a hub id.
     """
-    from ldm_jax import config as config_lib
-    from ldm_jax import loaded
+    from ldm_jax import loaded, released
 
-    if config is None:
+    if config is None and not released.is_source(source):
         return loaded.load(source)
-    from ldm_jax import released
-
-    return released.load(os.fspath(source), config_lib.load(config))
+    return released.load(os.fspath(source), config)

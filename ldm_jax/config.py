@@ -151,16 +151,30 @@ def load(spec: str, overrides: Sequence[str] = ()) -> ml_collections.ConfigDict:
     path, _, arg = spec.partition(":")
     if not pathlib.Path(path).is_file():
         raise UserError(f"--config: no file {path!r}; see configs/ for those that ship")
+    config = _module(path).get_config(arg or None)
+    for item in overrides:
+        override(config, *split_override(item))
+    return config
+
+
+def split_override(item: str) -> tuple[str, str]:
+    """(key, text) of "dotted.key=value"."""
+    key, separator, text = item.partition("=")
+    if not separator:
+        raise UserError(f"--config.{item}: write --config.{key}=VALUE")
+    return key, text
+
+
+def presets_of(path: pathlib.Path) -> list[str]:
+    """The names of a config file's presets."""
+    return list(_module(path).PRESETS)
+
+
+def _module(path):
     module_spec = importlib.util.spec_from_file_location("ldm_jax_config", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
-    config = module.get_config(arg or None)
-    for item in overrides:
-        key, separator, text = item.partition("=")
-        if not separator:
-            raise UserError(f"--config.{item}: write --config.{key}=VALUE")
-        override(config, key, text)
-    return config
+    return module
 
 
 def to_json(config: ml_collections.ConfigDict) -> str:

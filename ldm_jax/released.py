@@ -7,9 +7,10 @@ other: `ldm_jax.load` and `python -m ldm_jax.sample` draw from it, `--config.ini
 finetunes it. `load` makes a model in memory of it without one.
 """
 
+import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,10 +23,11 @@ from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import frozen as frozen_lib
 from ldm_jax import loaded as loaded_lib
 from ldm_jax import model as model_lib
+from ldm_jax import preset_of
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
-from ldm_jax.convert import networks, towers, whole
+from ldm_jax.convert import networks, original_yaml, towers, whole
 from ldm_jax.convert.whole import FIRST_STAGE, UNET
 from ldm_jax.diffusion import schedules
 from ldm_jax.nets import autoencoder
@@ -49,6 +51,12 @@ class Parts(NamedTuple):
     diffusion: dict[str, Any]
     encoders: dict[str, Any]  # of conditions whose nets are frozen
     scale_factor: float
+
+
+def is_source(path: str | os.PathLike) -> bool:
+    """Whether a file of weights or a folder of diffusers lies there."""
+    path = pathlib.Path(path).expanduser()
+    return path.is_file() or whole.is_folder(path)
 
 
 def open_source(source: str) -> whole.Whole:
@@ -115,7 +123,7 @@ def read(
             "the autoencoder",
             _params_of,
             model.autoencoder,
-            _under(state_dict, FIRST_STAGE),
+            whole.under(state_dict, FIRST_STAGE),
         )
     if scale_factor is None:
         scale_factor = source.scale_factor
@@ -140,7 +148,7 @@ def _check_shapes(
 
 
 def _unet(state_dict: Mapping[str, np.ndarray], averaged: bool) -> dict[str, Any]:
-    own = _under(state_dict, UNET)
+    own = whole.under(state_dict, UNET)
     if not averaged or not any(key.startswith(AVERAGE) for key in state_dict):
         return own
     averages = {key: AVERAGE + key.replace(".", "") for key in own}
@@ -163,20 +171,6 @@ def _condition(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]
     return towers.params_of(net, own)
 
 
-def _under(state_dict: Mapping[str, np.ndarray], prefix: str) -> dict[str, Any]:
-    found = {
-        key.removeprefix(prefix): value
-        for key, value in state_dict.items()
-        if key.startswith(prefix)
-    }
-    if not found:
-        raise UserError(
-            f"SRC: nothing in it begins with {prefix!r}; give a whole checkpoint of"
-            " CompVis or Stability"
-        )
-    return found
-
-
 def _part(name: str, convert: Any, *args: Any) -> dict[str, Any]:
     try:
         return convert(*args)
@@ -189,7 +183,7 @@ def _part(name: str, convert: Any, *args: Any) -> dict[str, Any]:
 
 def _check_process(source: whole.Whole, model: model_lib.LatentDiffusion) -> None:
     """Raises UserError unless the source's noise and prediction are the model's."""
-    theirs = source.arrays.get("alphas_cumprod")
+    tables = [source.arrays.get("alphas_cumprod")]
     if source.process is not None:
         settings = dict(source.process)
         predicted, ours = settings.pop("parameterization"), model.parameterization
@@ -198,11 +192,15 @@ def _check_process(source: whole.Whole, model: model_lib.LatentDiffusion) -> Non
                 f"diffusion.parameterization: {ours!r}, but SRC's net predicts"
                 f" {predicted}; set it to {predicted!r}"
             )
-        theirs = schedules.make_schedule(**settings).alphas_cumprod
-    if theirs is None or not isinstance(model.schedule, schedules.Schedule):
+        tables.append(schedules.make_schedule(**settings).alphas_cumprod)
+    if not isinstance(model.schedule, schedules.Schedule):
         return
     ours = model.schedule.alphas_cumprod
-    if len(theirs) != len(ours) or not np.allclose(theirs, ours, atol=1e-5):
+    for theirs in tables:
+        if theirs is None or (
+            len(theirs) == len(ours) and np.allclose(theirs, ours, atol=1e-5)
+        ):
+            continue
         raise UserError(
             f"diffusion: alphas_cumprod has {len(ours)} values from {ours[0]:.5f} to"
             f" {ours[-1]:.5f}, that of SRC {len(theirs)} from {theirs[0]:.5f} to"
@@ -234,22 +232,43 @@ def load_tokenizers(
     return made
 
 
+def settle(
+    path: str, spec: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[whole.Whole, ml_collections.ConfigDict]:
+    """(what a source holds, the config that it is of).
+
+    `spec` is a preset, "configs/txt2img.py:sd1", or the original's YAML; None takes the
+    YAML beside the file, or recognises the source. `overrides` are "field=value".
+    """
+    if spec is not None and not spec.endswith(original_yaml.SUFFIXES):
+        config = config_lib.load(spec, overrides)
+        if "diffusion" not in config.stages:
+            raise UserError(
+                f"--config: {config.preset} has no diffusion stage; choose another"
+            )
+        return open_source(path), config
+    source = open_source(path)
+    original = spec or original_yaml.find(pathlib.Path(path).expanduser())
+    if original is not None:
+        source = original_yaml.add(source, pathlib.Path(original))
+    config = preset_of.config_of(source)
+    for item in overrides:
+        config_lib.override(config, *config_lib.split_override(item))
+    return source, config
+
+
 def open_parts(
-    source: str, config: ml_collections.ConfigDict, **options: Any
+    source: whole.Whole, config: ml_collections.ConfigDict, **options: Any
 ) -> tuple[model_lib.LatentDiffusion, dict[str, Any], Parts]:
     """(nets, tokenizers, params) of a released model; `options` are those of `read`."""
-    if "diffusion" not in config.stages:
-        raise UserError(
-            f"--config: {config.preset} has no diffusion stage; choose another"
-        )
-    found = open_source(source)
-    tokenizer_of = load_tokenizers(config, found)
+    tokenizer_of = load_tokenizers(config, source)
     nets = model_lib.build(config, tokenizer_of)
-    return nets, tokenizer_of, read(found, config, nets, **options)
+    return nets, tokenizer_of, read(source, config, nets, **options)
 
 
-def load(source: str, config: ml_collections.ConfigDict) -> loaded_lib.LoadedModel:
-    """A released model in memory, ready to draw; nothing is written."""
+def load(path: str, spec: str | None = None) -> loaded_lib.LoadedModel:
+    """A released model in memory, ready to draw; nothing is written. See `settle`."""
+    source, config = settle(path, spec)
     nets, tokenizer_of, parts = open_parts(source, config)
     first_stage = first_stage_lib.FirstStage(
         params=parts.first_stage.get("autoencoder", {}),

@@ -13,7 +13,7 @@ from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
 from ldm_jax import config as config_lib
-from ldm_jax import convert, draw, publish
+from ldm_jax import convert, draw, preset_of, publish
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
@@ -162,6 +162,17 @@ def test_a_spread_of_each_channel_goes_into_the_autoencoder(tmp_path, run):
     np.testing.assert_allclose(*z, atol=2e-4)
 
 
+def test_a_folder_is_recognised_by_its_parts(tmp_path, run):
+    """No config: heads, noise and size are in its json files, the rest in shapes."""
+    model = ldm_jax.load(run)
+    publish.write_folder(model, tmp_path / "folder")
+    again = ldm_jax.load(tmp_path / "folder")
+    assert again.config.preset == preset_of.READ_OFF and again.size == model.size
+    noise = np.random.default_rng(0).normal(size=(1, *model.model.latent_shape))
+    pictures = [_drawn(m, {"caption": ["a red circle"]}, noise) for m in (again, model)]
+    np.testing.assert_allclose(*pictures, atol=ATOL)
+
+
 def test_diffusers_draws_the_same(tmp_path, run):
     diffusers = pytest.importorskip("diffusers")
     torch = pytest.importorskip("torch")
@@ -184,7 +195,8 @@ def test_diffusers_draws_the_same(tmp_path, run):
         output_type="np",
     ).images
     ours = _drawn(model, {"caption": ["a red circle"]}, noise)
-    np.testing.assert_allclose(ours, theirs, atol=ATOL)
+    # Guidance of 3 enlarges what two roundings differ by, on some processors past ATOL.
+    np.testing.assert_allclose(ours, theirs, atol=3 * ATOL)
 
 
 def test_diffusers_fills_holes_the_same(tmp_path):
@@ -292,7 +304,7 @@ def test_what_others_can_not_hold_is_a_line(tmp_path, run, capsys):
     for words, said in (
         ([str(run), str(tmp_path / "words")], "is there already; name another"),
         ([str(run), "x", "--config=y.py"], "is a run, which has a config"),
-        ([str(tmp_path / "x.safetensors"), str(tmp_path / "y")], "is no run; name the"),
+        ([str(tmp_path / "x.safetensors"), str(tmp_path / "y")], "name a preset with"),
     ):
         with pytest.raises(SystemExit):
             convert_main.main(words)

@@ -3,7 +3,8 @@
 Makes a run of a released model: a checkpoint of CompVis or Stability (.ckpt,
 .safetensors) or a folder that diffusers has saved. DST is then a workdir for `python -m
 ldm_jax.sample`, `ldm_jax.load` and `--config.init_from`. The preset says what is in
-SRC; every array must fit it.
+SRC, or the YAML that came with it (--config=v1-inference.yaml, or of SRC's name beside
+it); without either SRC is recognised by its keys and shapes. Every array must fit.
 
 python -m ldm_jax.convert RUN DST
 
@@ -29,7 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("src", metavar="SRC", help="a file, folder, hub id or run")
     parser.add_argument("dst", metavar="DST", help="a path where nothing is yet")
-    parser.add_argument("--config", help="FILE.py[:PRESET][,key=value]; none of a run")
+    parser.add_argument(
+        "--config", help="FILE.py[:PRESET][,key=value] or the original YAML"
+    )
     parser.add_argument(
         "--raw_weights", action="store_true", help="the UNet's own, not their average"
     )
@@ -88,7 +91,7 @@ def _import(
     args: argparse.Namespace, rest: Sequence[str], destination: pathlib.Path
 ) -> None:
     """A released model to a run."""
-    from ldm_jax import released
+    from ldm_jax import preset_of, released
 
     if args.scale_factor is not None and not args.scale_factor > 0:
         raise UserError(f"--scale_factor: {args.scale_factor}; give one above 0")
@@ -97,15 +100,12 @@ def _import(
             raise UserError(
                 f"{word}: no such flag; config fields are written --config.FIELD=VALUE"
             )
-    if not args.config:
-        raise UserError(
-            f"--config: none, and {args.src} is no run; name the preset that it is of,"
-            " such as configs/txt2img.py:sd1"
-        )
     overrides = [word.removeprefix("--config.") for word in rest]
-    config = config_lib.load(args.config, overrides)
+    source, config = released.settle(args.src, args.config, overrides)
+    if not args.config:
+        print("\n".join(preset_of.told(config)))
     nets, tokenizer_of, parts = released.open_parts(
-        args.src,
+        source,
         config,
         averaged=not args.raw_weights,
         scale_factor=args.scale_factor,

@@ -54,13 +54,24 @@ def import_network(
     and `read_config` say. `module.apply(variables, …)` takes NHWC. UserError in one
     line where the keys are of no network known here, or don't fit the config.
     """
-    config = _plain_config(config or {})
-    state_dict = _state_dict(state_dict_or_path)
-    kind, layout, state = recognise.recognise(state_dict, config)
-    layout, state = _tidied(kind, layout, state)
-    net = _module(kind, layout, state, config)
+    net, layout, state = _read(_state_dict(state_dict_or_path), config)
     variables = _converted(net, layout, state)
     return net, variables if _has_collections(net) else {"params": variables}
+
+
+def module_of(
+    state_dict: Mapping[str, Any], config: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """The module alone, as `import_network` reads it off keys and shapes."""
+    return _read(state_dict, config)[0]
+
+
+def _read(state_dict, config):
+    """(module, key layout, tidied state dict)"""
+    config = _plain_config(config or {})
+    kind, layout, state = recognise.recognise(state_dict, config)
+    layout, state = _tidied(kind, layout, state)
+    return _module(kind, layout, state, config), layout, state
 
 
 def params_of(

@@ -19,7 +19,7 @@ UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 CONDITIONS = ("cond_stage_model.", "embedder.", "noise_augmentor.", "depth_model.")
 
 INDEX = "model_index.json"
-_PARTS = {
+PARTS = {
     "unet": UNET,
     "vae": FIRST_STAGE,
     "vqvae": FIRST_STAGE,
@@ -47,6 +47,23 @@ class Whole(NamedTuple):
     process: dict[str, Any] | None = None  # as the section `diffusion` of our configs
     scale_factor: float | None = None
     tokenizer: pathlib.Path | None = None
+    nets: Mapping[str, Mapping[str, Any]] = {}  # {prefix: its constructor's arguments}
+    image_size: int | None = None  # side of the latents that it was trained on
+
+
+def under(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """What stands under a prefix, without it; UserError where nothing does."""
+    found = {
+        key.removeprefix(prefix): value
+        for key, value in state_dict.items()
+        if key.startswith(prefix)
+    }
+    if not found:
+        raise UserError(
+            f"SRC: nothing in it begins with {prefix!r}; give a whole checkpoint of"
+            " CompVis or Stability"
+        )
+    return found
 
 
 def is_folder(path: pathlib.Path) -> bool:
@@ -56,28 +73,31 @@ def is_folder(path: pathlib.Path) -> bool:
 
 def read_folder(path: pathlib.Path, option: str) -> Whole:
     """The parts of a pipeline's folder; UserErrors name `option`."""
-    index, arrays = _json(path / INDEX, option), {}
+    index, arrays, nets = _json(path / INDEX, option), {}, {}
     for name, entry in index.items():
         there = isinstance(entry, list | tuple) and any(entry)
         if name.startswith("_") or not there or name in _ASIDE:
             continue
-        if name in _PARTS:
+        if name in PARTS:
             own = _weights(path / name, option)
-            arrays |= {_PARTS[name] + key: value for key, value in own.items()}
+            arrays |= {PARTS[name] + key: value for key, value in own.items()}
+            if (path / name / "config.json").is_file():
+                nets[PARTS[name]] = _json(path / name / "config.json", option)
         elif _shards(path / name, option):
             raise UserError(
                 f"{option}: {path / name} is a part that is not known here; give a"
-                f" pipeline of {', '.join(_PARTS)}"
+                f" pipeline of {', '.join(PARTS)}"
             )
     scheduler = path / "scheduler" / "scheduler_config.json"
     process = _process(scheduler, option) if scheduler.is_file() else None
     scale_factor = None
     if "vae" in index:
-        settings = _json(path / "vae" / "config.json", option)
+        settings = nets.get(FIRST_STAGE, {})
         scale_factor = settings.get("scaling_factor", 0.18215)
     tokenizer = path / "tokenizer"
     tokenizer = tokenizer if tokenizer.is_dir() else None
-    return Whole(arrays, process, scale_factor, tokenizer)
+    image_size = nets.get(UNET, {}).get("sample_size")
+    return Whole(arrays, process, scale_factor, tokenizer, nets, image_size)
 
 
 def _json(path: pathlib.Path, option: str) -> Mapping[str, Any]:

@@ -1,0 +1,297 @@
+"""The config of a released model, by its keys and shapes.
+
+It is the preset of `configs/` whose nets and noise process the source has. Where there
+is none, the nets are read off the arrays, and what these can't say is as in Stable
+Diffusion; `told` says what that was.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import flax.linen as nn
+import ml_collections
+import numpy as np
+
+from ldm_jax import config as config_lib
+from ldm_jax import defaults
+from ldm_jax import model as model_lib
+from ldm_jax.config import UserError
+from ldm_jax.convert import networks, whole
+from ldm_jax.diffusion import schedules
+from ldm_jax.nets import autoencoder, embedders, t5, text_encoder, unet
+
+READ_OFF = "read off its weights"  # config.preset where none fits
+NAME_IT = "name a preset with --config"
+
+
+def config_of(source: whole.Whole) -> ml_collections.ConfigDict:
+    """The config that all of a source fits.
+
+    Raises UserError where several presets do that predict otherwise, or none does and
+    the arrays don't tell what the model is given.
+    """
+    net = _net("UNet", source, whole.UNET)
+    first, condition = _first_stage(source), _condition(source)
+    fitting = {
+        spec: config
+        for spec, config in shipped()
+        if _signs(net, first) == _signs_of(config)
+        and (condition is None or _is_of(condition, config))
+        and _has_process(config, source)
+    }
+    if not fitting:
+        return _read_off(source, net, first, condition)
+    predicted = {c.diffusion.parameterization: spec for spec, c in fitting.items()}
+    if len(predicted) > 1:
+        said = " or ".join(f"{spec} ({what})" for what, spec in predicted.items())
+        raise UserError(
+            "--config: none, and what the net predicts is not in the weights; give"
+            f" {said}"
+        )
+    spec, config = next(iter(fitting.items()))
+    config.preset = spec
+    return config
+
+
+def shipped() -> Iterator[tuple[str, ml_collections.ConfigDict]]:
+    """("configs/txt2img.py:sd1", config) of all presets with a diffusion stage.
+
+    Of the repository, or of the working directory; none where neither has configs.
+    `debug` is left out: it is too small to tell one task from another.
+    """
+    here = pathlib.Path(__file__).parents[1]
+    folder = next((f for f in (here, pathlib.Path()) if (f / "configs").is_dir()), None)
+    files = [] if folder is None else sorted((folder / "configs").glob("*.py"))
+    for path in files:
+        for name in config_lib.presets_of(path):
+            if name == "debug":
+                continue
+            config = config_lib.load(f"{path}:{name}")
+            if "diffusion" in config.stages:
+                yield f"configs/{path.name}:{name}", config
+
+
+def _net(name: str, source: whole.Whole, prefix: str, part: str = "") -> nn.Module:
+    """The net under a prefix, read off; `part` is what a folder has it under."""
+    own = whole.under(source.arrays, prefix)
+    own = {prefix + key: value for key, value in own.items()}
+    try:
+        return networks.module_of(own, source.nets.get(part or prefix))
+    except UserError as error:
+        words = str(error).partition(";")[0]
+        raise UserError(
+            f"SRC: its {name} is not told by the arrays alone ({words}); {NAME_IT}, or"
+            " the original YAML"
+        ) from error
+
+
+def _has(source: whole.Whole, prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in source.arrays)
+
+
+def _first_stage(source: whole.Whole) -> nn.Module:
+    if not _has(source, whole.FIRST_STAGE):
+        return autoencoder.Identity()
+    return _net("first stage", source, whole.FIRST_STAGE)
+
+
+def _condition(source: whole.Whole) -> nn.Module | None:
+    """The net under `cond_stage_model`, if there is one."""
+    prefix = whole.CONDITIONS[0]
+    if not _has(source, prefix):
+        return None
+    return _net("condition", source, prefix, whole.PARTS["text_encoder"])
+
+
+# --- what two models must have in common
+
+
+def _is_of(net: nn.Module, config: ml_collections.ConfigDict) -> bool:
+    """Whether checkpoints of a config have such a net under that name."""
+    nets = {
+        "class": embedders.ClassEmbedder,
+        "layout": text_encoder.TextTransformer,
+        "semantic": embedders.SpatialRescaler,
+    }
+    towers = {
+        "transformer": text_encoder.TextTransformer,
+        "clip": text_encoder.CLIPTextTransformer,
+        "t5": t5.T5Encoder,
+    }
+    for section in config.conditioners.values():
+        if section.kind == "text":
+            return isinstance(net, towers[section.net.kind])
+        if section.kind == "layout" and isinstance(net, nets["layout"]):
+            return net.vocab_size == section.num_tokens
+        if section.kind in nets and section.get("slot", "context") != "vector":
+            return isinstance(net, nets[section.kind])
+    return False
+
+
+def _signs_of(config: ml_collections.ConfigDict) -> tuple:
+    options = model_lib.kwargs_of("unet", config.unet, unet.VARIANTS)
+    net = config_lib.construct("unet", unet.UNet, options)
+    return _signs(net, model_lib.build_autoencoder(config))
+
+
+def _signs(net: unet.UNet, first: nn.Module) -> tuple:
+    return _signs_of_unet(net), _signs_of_first_stage(first)
+
+
+def _signs_of_unet(net: unet.UNet) -> tuple:
+    """What shows in the shapes of a UNet."""
+    attended = [2**i in net.attention_resolutions for i in range(len(net.channel_mult))]
+    depth = net.transformer_depth
+    depths = [depth] * len(attended) if isinstance(depth, int) else depth
+    dims = net.context_dim if net.use_spatial_transformer else None
+    return (
+        (net.in_channels, net.out_channels, net.model_channels, net.n_embed, net.dims),
+        tuple(net.channel_mult),
+        net.res_blocks_of_levels(),
+        tuple(d if there else 0 for d, there in zip(depths, attended, strict=True)),
+        tuple(dims) if isinstance(dims, list | tuple) else dims,
+        net.use_linear_in_transformer,
+        (net.num_classes, net.adm_in_channels),
+        (net.resblock_updown, net.use_scale_shift_norm),
+    )
+
+
+def _signs_of_first_stage(net: nn.Module) -> tuple:
+    """What shows in the shapes of a first stage."""
+    if isinstance(net, autoencoder.Identity):
+        return (net.channels,)
+    sides = [net.resolution // 2**i for i in range(len(net.ch_mult))]
+    return (
+        (type(net), net.ch, tuple(net.ch_mult), net.num_res_blocks, net.attn_type),
+        tuple(side in net.attn_resolutions for side in sides),
+        (net.in_channels, net.out_ch, net.z_channels, net.embed_dim),
+        (net.double_z, getattr(net, "n_embed", None)),
+        getattr(net, "use_quant_convs", None),
+    )
+
+
+def _has_process(config: ml_collections.ConfigDict, source: whole.Whole) -> bool:
+    """Whether what the source says of its noise and prediction is the config's."""
+    if config.diffusion.schedule == "sigma":
+        return False
+    schedule, parameterization = model_lib.build_process(config)
+    theirs = source.arrays.get("alphas_cumprod")
+    if source.process is not None:
+        settings = dict(source.process)
+        if settings.pop("parameterization") not in (parameterization, None):
+            return False
+        theirs = schedules.make_schedule(**settings).alphas_cumprod
+    ours = schedule.alphas_cumprod
+    return theirs is None or (
+        len(theirs) == len(ours) and np.allclose(theirs, ours, atol=1e-5)
+    )
+
+
+# --- where no preset fits
+
+
+def _read_off(
+    source: whole.Whole, net: unet.UNet, first: nn.Module, condition: nn.Module | None
+) -> ml_collections.ConfigDict:
+    config = defaults.both_stages()
+    config.preset = READ_OFF
+    config.unet = ml_collections.ConfigDict(_options(net))
+    kinds = {cls: kind for kind, cls in autoencoder.KINDS.items()}
+    config.autoencoder = ml_collections.ConfigDict(
+        {"kind": kinds[type(first)]} | _options(first)
+    )
+    with config.unlocked(), config.ignore_type():
+        config.diffusion.update(_process(source))
+    factor = 2 ** (len(first.ch_mult) - 1)
+    config.resolution = factor * (source.image_size or 64)
+    config.conditioners.update(_conditions(net, first, condition))
+    return config
+
+
+def _options(net: nn.Module) -> dict[str, Any]:
+    """The constructor's arguments of a net that are not its defaults."""
+    fields = type(net).__dataclass_fields__
+    given = {
+        name: getattr(net, name)
+        for name, field in fields.items()
+        if name not in ("name", "parent", "dtype")
+        and getattr(net, name) != field.default
+    }
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+
+
+def _process(source: whole.Whole) -> dict[str, Any]:
+    """The section `diffusion`: the source's own, or what its table of noise tells."""
+    if source.process is not None:
+        said = {k: v for k, v in source.process.items() if v is not None}
+        return said
+    bar = source.arrays.get("alphas_cumprod")
+    if bar is None:
+        return {}
+    bar = np.asarray(bar, np.float64)
+    betas = 1 - bar / np.concatenate([[1.0], bar[:-1]])
+    ends = dict(linear_start=round(betas[0], 6), linear_end=round(betas[-1], 6))
+    for schedule in schedules.SCHEDULES:
+        made = dict(schedule=schedule, timesteps=len(bar), **ends)
+        if np.allclose(schedules.make_schedule(**made).alphas_cumprod, bar, atol=1e-5):
+            return made
+    raise UserError(f"SRC: alphas_cumprod is of no schedule known here; {NAME_IT}")
+
+
+def _conditions(
+    net: unet.UNet, first: nn.Module, condition: nn.Module | None
+) -> dict[str, ml_collections.ConfigDict]:
+    """What the model is given, by the nets of its conditions and its channels."""
+    more, found = net.in_channels - first.embed_dim, {}
+    if net.num_classes is not None:
+        raise UserError(
+            f"SRC: its UNet also takes a vector ({net.num_classes}), whose meaning is"
+            f" not in the weights; {NAME_IT}"
+        )
+    if net.use_spatial_transformer:
+        found["text"] = _context(condition)
+    if more == first.embed_dim + 1:
+        convention = "sd" if net.use_spatial_transformer else "ldm"
+        section = dict(kind="inpainting", convention=convention)
+        found["known"] = ml_collections.ConfigDict(section)
+    elif more:
+        raise UserError(
+            f"SRC: its UNet takes {more} channels besides the latent's"
+            f" {first.embed_dim}, whose meaning is not in the weights; {NAME_IT}"
+        )
+    return found
+
+
+def _context(net: nn.Module | None) -> ml_collections.ConfigDict:
+    """The condition that is attended to, by its net."""
+    if isinstance(net, embedders.ClassEmbedder):
+        options = dict(num_classes=net.num_classes, dim=net.dim, null_class=False)
+        return ml_collections.ConfigDict(dict(kind="class") | options)
+    if isinstance(net, text_encoder.CLIPTextTransformer):
+        section, kind = defaults.clip_text(), "clip"
+        section.tokenizer.name = "openai/clip-vit-large-patch14"
+    elif isinstance(net, text_encoder.TextTransformer):
+        section, kind = defaults.bert_text("bert_1p4b"), "transformer"
+    else:
+        raise UserError(
+            f"SRC: what its UNet attends to (a {type(net).__name__}) is not in the"
+            f" weights; {NAME_IT}"
+        )
+    section.net = ml_collections.ConfigDict(dict(kind=kind) | _options(net))
+    section.length = net.max_seq_len
+    return section
+
+
+def told(config: ml_collections.ConfigDict) -> list[str]:
+    """Lines on a config that `config_of` gave."""
+    if config.preset != READ_OFF:
+        return [f"recognised as {config.preset}"]
+    fields = config_lib.flatten(config)
+    sections = ("unet.", "autoencoder.", "diffusion.", "conditioners.", "resolution")
+    shown = [f"  {k} = {v!r}" for k, v in fields.items() if k.startswith(sections)]
+    return [
+        "of no preset; read off its weights, and as Stable Diffusion where they don't"
+        " say (set --config.FIELD=VALUE where that is wrong):",
+        *shown,
+    ]

@@ -1,0 +1,244 @@
+"""Released models without a preset's name: recognised, by their YAML, or read off."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import yaml
+
+import ldm_jax
+from ldm_jax import config as config_lib
+from ldm_jax import model as model_lib
+from ldm_jax import preset_of, publish, released
+from ldm_jax.config import UserError
+from ldm_jax.convert import __main__ as convert_main
+from ldm_jax.convert import compvis, original_yaml, whole
+from ldm_jax.nets import autoencoder, unet
+from tests import runs
+
+pytestmark = pytest.mark.usefixtures("fast_compile")
+
+
+CONDITIONS = {
+    "configs/class_conditional.py:cin256_v2": {"embedding.weight": (1001, 512)},
+    "configs/semantic.py:landscapes256": {"channel_mapper.weight": (3, 182, 1, 1)},
+}
+
+
+def _arrays(prefix, plan):
+    """What torch would hold of a plan's net: shapes without memory."""
+    arrays = {}
+    for rule in plan.rules:
+        array = np.broadcast_to(np.float32(0), plan.shapes[rule.path])
+        shape = list(rule.layout.to_torch(array).shape)
+        if rule.part is not None:
+            shape[0] *= rule.part[1]
+        arrays[prefix + rule.key] = np.broadcast_to(np.float32(0), shape)
+    return arrays
+
+
+def _file_of(spec):
+    """The arrays of a released model of a preset, without those of text nets."""
+    config = config_lib.load(str(runs.CONFIGS.parent / spec))
+    options = model_lib.kwargs_of("unet", config.unet, unet.VARIANTS)
+    net = model_lib.build_autoencoder(config)
+    schedule, _ = model_lib.build_process(config)
+    return whole.Whole(
+        _arrays(whole.UNET, compvis.unet_plan(unet.UNet(**options)))
+        | _arrays(whole.FIRST_STAGE, compvis.autoencoder_plan(net))
+        | {"alphas_cumprod": np.float32(schedule.alphas_cumprod)}
+        | {
+            f"cond_stage_model.{key}": np.broadcast_to(np.float32(0), shape)
+            for key, shape in CONDITIONS.get(spec, {}).items()
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "configs/txt2img.py:sd1",
+        "configs/txt2img.py:cc256",
+        "configs/inpainting.py:inpainting_big",
+        "configs/upscale.py:x4",
+        "configs/semantic.py:landscapes256",
+        "configs/class_conditional.py:cin256_v2",
+        "configs/unconditional.py:lsun_churches256",
+        "configs/layout2img.py:openimages256",
+        "configs/retrieval.py:rdm768",
+    ],
+)
+def test_a_preset_is_recognised_by_shapes(spec):
+    config = preset_of.config_of(_file_of(spec))
+    assert config.preset == spec
+    assert preset_of.told(config) == [f"recognised as {spec}"]
+
+
+def test_what_weights_do_not_tell_is_asked_for():
+    source = _file_of("configs/txt2img.py:sd2")
+    with pytest.raises(UserError, match=r"give .*:sd2 \(eps\) or .*:sd2_v \(v\)"):
+        preset_of.config_of(source)
+    said = dict(schedule="linear", linear_start=0.00085, linear_end=0.012)
+    source = source._replace(process=said | {"parameterization": "v"})
+    assert preset_of.config_of(source).preset == "configs/txt2img.py:sd2_v"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run, its file for others, and the YAML that would have come with it."""
+    folder = tmp_path_factory.mktemp("made")
+    config = runs.debug()
+    runs.untrained(folder / "run", config)
+    model = ldm_jax.load(folder / "run")
+    # A file holds one factor for all channels of the latent.
+    c = model.model.latent_shape[-1]
+    first = model.first_stage.replace(mean=np.zeros(c), std=np.full(c, 2.0))
+    model = dataclasses.replace(model, first_stage=first)
+    publish.write_file(model, folder / "released.safetensors")
+    tokenizer = folder / "run" / "tokenizers" / "text"
+    diffusion = config.diffusion
+    tree = {
+        "model": {
+            "params": {
+                "parameterization": diffusion.parameterization,
+                "linear_start": diffusion.linear_start,
+                "linear_end": diffusion.linear_end,
+                "scale_factor": 0.5,
+                "image_size": model.model.latent_shape[0],
+                "unet_config": {"params": config.unet.to_dict()},
+                "first_stage_config": {
+                    "params": {
+                        "embed_dim": config.autoencoder.embed_dim,
+                        "ddconfig": config.autoencoder.to_dict(),
+                    }
+                },
+            }
+        }
+    }
+    return folder, model, tokenizer, tree
+
+
+def _write(folder, tree, name="released.yaml"):
+    plain = yaml.safe_load(yaml.dump(_lists(tree)))
+    (folder / name).write_text(yaml.dump(plain))
+    return folder / name
+
+
+def _lists(tree):
+    if isinstance(tree, dict):
+        return {key: _lists(value) for key, value in tree.items()}
+    return [_lists(v) for v in tree] if isinstance(tree, list | tuple) else tree
+
+
+def _changed(tree, **changes):
+    params = tree["model"]["params"]
+    return {"model": {"params": params | changes}}
+
+
+def _drawn(model):
+    return model.sample(["a red circle"], steps=2, guidance_scale=2.0, seed=1)
+
+
+def test_the_original_yaml_is_enough(tmp_path, made, monkeypatch):
+    folder, model, tokenizer, tree = made
+    monkeypatch.setattr(preset_of, "shipped", lambda: iter(()))
+    path = _write(tmp_path, tree)
+    flag = f"--config.conditioners.text.tokenizer.name={tokenizer}"
+    source = str(folder / "released.safetensors")
+    convert_main.main([source, str(tmp_path / "run"), f"--config={path}", flag])
+    again = ldm_jax.load(tmp_path / "run")
+    np.testing.assert_array_equal(_drawn(again), _drawn(model))
+    assert again.config.preset == preset_of.READ_OFF
+    assert again.config.resolution == model.config.resolution
+    assert again.config.diffusion.parameterization == "v"
+
+
+def test_a_yaml_beside_the_file_is_found(tmp_path, made, capsys, monkeypatch):
+    folder, model, tokenizer, tree = made
+    monkeypatch.setattr(preset_of, "shipped", lambda: iter(()))
+    source = tmp_path / "mine.safetensors"
+    source.write_bytes((folder / "released.safetensors").read_bytes())
+    _write(tmp_path, tree, "mine.yaml")
+    flag = f"--config.conditioners.text.tokenizer.name={tokenizer}"
+    convert_main.main([str(source), str(tmp_path / "run"), flag])
+    said = capsys.readouterr().out
+    assert "of no preset; read off its weights" in said
+    assert "  unet.model_channels = 32\n" in said
+    np.testing.assert_array_equal(_drawn(ldm_jax.load(tmp_path / "run")), _drawn(model))
+
+
+def test_a_file_is_loaded_without_a_run(tmp_path, made, monkeypatch):
+    folder, model, tokenizer, tree = made
+    text = model.config.conditioners.text
+    with text.unlocked(), text.ignore_type():
+        text.tokenizer = dict(name=str(tokenizer), train_vocab_size=None)
+    named = [("configs/mine.py:named", model.config)]
+    monkeypatch.setattr(preset_of, "shipped", lambda: iter(named))
+    source, path = str(folder / "released.safetensors"), _write(tmp_path, tree)
+    np.testing.assert_array_equal(
+        _drawn(ldm_jax.load(source, str(path))), _drawn(model)
+    )
+    assert released.is_source(source) and not released.is_source(folder / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            dict(unet_config={"params": {"model_channels": 64, "num_heads": 1}}),
+            "unet_config.params.model_channels 64, but SRC's arrays are of 32",
+        ),
+        (
+            dict(first_stage_config={"params": {"embed_dim": 3}}),
+            "first_stage_config.params.embed_dim 3, but SRC's arrays are of",
+        ),
+        (dict(linear_end=0.5), "alphas_cumprod"),
+        (dict(unet_config=None), "SRC's arrays|number of heads"),
+    ],
+)
+def test_a_yaml_of_another_model_is_a_line(tmp_path, made, capsys, change, words):
+    folder, _, tokenizer, tree = made
+    path = _write(tmp_path, _changed(tree, **change))
+    source, run = folder / "released.safetensors", tmp_path / "run"
+    flag = f"--config.conditioners.text.tokenizer.name={tokenizer}"
+    with pytest.raises(SystemExit) as stopped:
+        convert_main.main([str(source), str(run), f"--config={path}", flag])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and not run.exists()
+    assert any(word in line for word in words.split("|")), line
+
+
+@pytest.mark.parametrize("text", ["model: [", "a: 1", "model: {params: {}}"])
+def test_what_is_no_yaml_of_a_model_is_a_line(tmp_path, text):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match="--config: .*; give the YAML of"):
+        original_yaml.add(whole.Whole({}), path)
+
+
+def test_a_process_is_read_off_its_table():
+    for config in (
+        config_lib.load(f"{runs.TXT2IMG}:sd1"),
+        config_lib.load(str(runs.CONFIGS / "upscale.py:x4")),
+    ):
+        schedule, _ = model_lib.build_process(config)
+        table = {"alphas_cumprod": np.float32(schedule.alphas_cumprod)}
+        found = preset_of._process(whole.Whole(table))
+        for name in ("schedule", "timesteps", "linear_start", "linear_end"):
+            assert found[name] == config.diffusion[name]
+    table["alphas_cumprod"] = np.linspace(0.99, 0.01, 1000)
+    with pytest.raises(UserError, match="alphas_cumprod is of no schedule"):
+        preset_of._process(whole.Whole(table))
+
+
+def test_first_stages_are_told_apart():
+    nets = [
+        autoencoder.KINDS[dict(kwargs).get("kind", "kl")](
+            **{k: v for k, v in kwargs.items() if k != "kind"}
+        )
+        for kwargs in autoencoder.VARIANTS.values()
+        if kwargs.get("kind") != "identity"
+    ]
+    signs = [preset_of._signs_of_first_stage(net) for net in nets]
+    same = {"sd", "inpainting_big", "rdm"}  # other names of the same
+    assert len(set(signs)) == len(signs) - len(same)
