@@ -3,7 +3,7 @@
     python -m ldm_jax.train --config=configs/inpainting.py --workdir=runs/inpainting
 
 trains on emoji in minutes on 2 CPU cores. The other presets are the published models of
-LDM and Stable Diffusion 2, whose conventions differ; none has been trained here yet.
+LDM and Stable Diffusion, whose conventions differ; none has been trained here yet.
 """
 
 from ml_collections import ConfigDict
@@ -51,6 +51,16 @@ def inpainting_big() -> ConfigDict:
     return config
 
 
+def sd1() -> ConfigDict:
+    """Stable Diffusion 1.5 inpainting: 859.54M UNet on CLIP-L, 512 pixels."""
+    config = sd2()
+    config.conditioners.text = defaults.clip_text(
+        "openai/clip-vit-large-patch14", "clip_l", "openai/clip-vit-large-patch14"
+    )
+    config.unet.variant = "sd1_inpaint"
+    return config
+
+
 def sd2() -> ConfigDict:
     """Stable Diffusion 2: 865.93M UNet, mask, latent and text, 512 pixels."""
     config = defaults.both_stages()
@@ -67,6 +77,7 @@ PRESETS = {
     "openmoji": openmoji,
     "debug": debug,
     "inpainting_big": inpainting_big,
+    "sd1": sd1,
     "sd2": sd2,
 }
 

@@ -124,6 +124,7 @@ def both_stages() -> ConfigDict:
     config.stages = ("autoencoder", "diffusion")
     config.autoencoder_from = None  # workdir of a run whose first stage this one takes
     config.init_from = None  # workdir of a run whose diffusion model this one finetunes
+    config.init_channels = None  # the UNet's new ones then: None are zeros | tiled
 
     config.diffusion = ConfigDict()
     config.diffusion.parameterization = "eps"  # eps | x0 | v

@@ -132,6 +132,7 @@ def test_txt2img_presets_have_the_published_sizes(
         ("semantic", "landscapes256", 215.23),
         ("superres", "bsr_sr", 113.62),
         ("inpainting", "inpainting_big", 387.25),
+        ("inpainting", "sd1", 859.54),
         ("inpainting", "sd2", 865.93),
         ("upscale", "x4", 473.4),
         ("retrieval", "rdm768", 1335.48),

@@ -60,6 +60,7 @@ def _file_of(spec):
         "configs/txt2img.py:sd1",
         "configs/txt2img.py:cc256",
         "configs/inpainting.py:inpainting_big",
+        "configs/inpainting.py:sd1",
         "configs/upscale.py:x4",
         "configs/semantic.py:landscapes256",
         "configs/class_conditional.py:cin256_v2",

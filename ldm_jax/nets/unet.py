@@ -445,6 +445,7 @@ VARIANTS = {
         context_dim=768,
     ),
     "sd1": _SD1,
+    "sd1_inpaint": _SD1 | dict(in_channels=9),
     "sd2": _SD2,
     "sd2_inpaint": _SD2 | dict(in_channels=9),
     "sd2_depth": _SD2 | dict(in_channels=5),

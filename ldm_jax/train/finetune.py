@@ -3,7 +3,8 @@
 `--config.init_from=runs/openmoji` takes that run's averaged params, its tokenizers and,
 unless `autoencoder_from` names another, its first stage. Conditions that it does not
 have begin untrained, and the UNet's new input channels at zero, so that at first it
-draws as it did: a text-to-image model becomes one of inpainting or depth.
+draws as it did: a text-to-image model becomes one of inpainting or depth. With
+`--config.init_channels=tiled` the old channels are repeated for the new ones instead.
 """
 
 import pathlib
@@ -67,6 +68,9 @@ def tokenizer_path(config: ml_collections.ConfigDict, name: str) -> pathlib.Path
 
 def check(config: ml_collections.ConfigDict, fresh: Any) -> None:
     """Raises UserError unless that run's params fit the nets with `fresh` shapes."""
+    how = config.get("init_channels")
+    if how not in (None, "tiled"):
+        raise UserError(f"init_channels: {how!r}; choose None (zeros) or tiled")
     _, theirs = _checkpoints(config)
     old, new = _flat(theirs), _flat(fresh)
     there, here = ({_part(path) for path in tree} for tree in (old, new))
@@ -97,15 +101,31 @@ def start(config: ml_collections.ConfigDict, fresh: Any) -> dict[str, Any]:
     saved, abstract = _checkpoints(config)
     theirs, _ = saved.load_averaged(checkpoint.single_device(abstract))
     old, new = _flat(theirs), _flat(fresh)
-    report.say(f"diffusion: starts from {config.init_from}{_described(old, new)}")
+    how = config.get("init_channels")
+    said = _described(old, new, how or "at zero")
+    report.say(f"diffusion: starts from {config.init_from}{said}")
     for path, value in new.items():
         if path in old:
             found = np.asarray(old[path])
             if _widened(path, old, new):
-                more = value.shape[2] - found.shape[2]
-                found = np.pad(found, [(0, 0), (0, 0), (0, more), (0, 0)])
+                found = widen(found, value.shape[2], config.get("init_channels"))
             new[path] = found
     return flax.traverse_util.unflatten_dict(new, sep="/")
+
+
+def widen(kernel: np.ndarray, channels: int, how: str | None) -> np.ndarray:
+    """A kernel [3, 3, in, out] for more input channels: zeros for the new, or `tiled`.
+
+    Tiled are the old ones over and over, each divided by how often it is there, so that
+    an input tiled like it gives what it gave (`make_it_fit` of Stable Diffusion 2,
+    whose counts are one too high).
+    """
+    old = kernel.shape[2]
+    if how is None:
+        return np.pad(kernel, [(0, 0), (0, 0), (0, channels - old), (0, 0)])
+    source = np.arange(channels) % old
+    times = np.bincount(source)[source]
+    return kernel[:, :, source] / times[:, None].astype(kernel.dtype)
 
 
 def load_base(
@@ -149,7 +169,9 @@ def _checkpoints(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     return saved, jax.eval_shape(lambda: model_lib.init_diffusion(theirs, model, key))
 
 
-def _described(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def _described(
+    old: Mapping[str, Any], new: Mapping[str, Any], how: str = "at zero"
+) -> str:
     """What is not taken over as it is, in words; "" if all is."""
     there, here = ({_part(path) for path in tree} for tree in (old, new))
     words = []
@@ -157,7 +179,7 @@ def _described(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
         words.append(f"{', '.join(sorted(here - there))} untrained")
     more = new[CONV_IN].shape[2] - old[CONV_IN].shape[2]
     if more:
-        words.append(f"the UNet's {more} new input channels at zero")
+        words.append(f"the UNet's {more} new input channels {how}")
     if there - here:
         words.append(f"without its {', '.join(sorted(there - here))}")
     return f" ({'; '.join(words)})" if words else ""

@@ -250,6 +250,7 @@ MILLIONS = {
     "semantic": 215.23,
     "rdm768": 1335.48,
     "sd1": 859.52,
+    "sd1_inpaint": 859.54,
     "sd2": 865.91,
     "sd2_inpaint": 865.93,
     "sd2_depth": 865.91,

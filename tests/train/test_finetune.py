@@ -168,6 +168,43 @@ def test_factors_begin_with_no_change_also_of_convolutions():
     np.testing.assert_allclose(moved - 1, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("channels", [5, 7, 9])
+def test_tiled_input_channels_are_the_old_ones_by_their_share(channels):
+    kernel = np.random.default_rng(0).normal(size=(3, 3, 4, 6)).astype(np.float32)
+    wide = finetune.widen(kernel, channels, "tiled")
+    assert wide.dtype == np.float32
+    for i in range(channels):
+        times = len(range(i % 4, channels, 4))
+        np.testing.assert_allclose(
+            wide[:, :, i], kernel[:, :, i % 4] / times, rtol=1e-6
+        )
+    # An input that is tiled alike gives what the old input gave.
+    x = np.random.default_rng(1).normal(size=(1, 5, 5, 4)).astype(np.float32)
+    conv = jax.lax.conv_general_dilated
+    options = dict(
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    old = conv(x, kernel, **options)
+    new = conv(x[..., np.arange(channels) % 4], wide, **options)
+    np.testing.assert_allclose(new, old, atol=5e-5)
+
+
+def test_a_run_starts_with_tiled_channels(other, capsys):
+    length = runs.debug().conditioners.text.length
+    overrides = [f"init_from={other}", f"conditioners.text.length={length}"]
+    config = config_lib.load(f"{DEPTH}:debug", [*overrides, "init_channels=tiled"])
+    _, fresh = _fresh(config)
+    started = finetune.start(config, fresh)
+    assert "(the UNet's 1 new input channels tiled)" in capsys.readouterr().out
+    kernel = started["unet"]["conv_in"]["kernel"]
+    np.testing.assert_array_equal(kernel[:, :, -1], kernel[:, :, 0])
+    config = config_lib.load(f"{DEPTH}:debug", [*overrides, "init_channels=copied"])
+    with pytest.raises(UserError, match="init_channels: 'copied'; choose None"):
+        finetune.check(config, fresh)
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
