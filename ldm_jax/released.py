@@ -7,12 +7,15 @@ other: `ldm_jax.load` and `python -m ldm_jax.sample` draw from it, `--config.ini
 finetunes it. `load` makes a model in memory of it without one.
 """
 
+import functools
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -74,13 +77,21 @@ def read(
     *,
     averaged: bool = True,
     scale_factor: float | None = None,
+    allow_missing: bool = False,
 ) -> Parts:
     """The params of `model` from all that a source has.
 
-    `averaged` takes the UNet's moving average where the file has one. Raises UserError
-    where the file is of another model, or has more in it than is known.
+    `averaged` takes the UNet's moving average where the file has one. With
+    `allow_missing` what the UNet and the autoencoder lack is drawn as for training, and
+    warned of. Raises UserError where the file is of another model, or has more in it
+    than is known.
     """
     state_dict = source.arrays
+
+    def fresh_of(name, init):
+        return functools.partial(_fresh, name, init) if allow_missing else None
+
+    key = jax.random.key(config.seed)
     unknown = [
         key
         for key in state_dict
@@ -98,6 +109,9 @@ def read(
             _params_of,
             model.unet,
             _unet(state_dict, averaged),
+            fresh_of(
+                "UNet", lambda: model_lib.init_diffusion(config, model, key)["unet"]
+            ),
         ),
         "conditioners": {},
     }
@@ -124,6 +138,12 @@ def read(
             _params_of,
             model.autoencoder,
             whole.under(state_dict, FIRST_STAGE),
+            fresh_of(
+                "autoencoder",
+                lambda: model_lib.init_autoencoder(config, model.autoencoder, key)[0][
+                    "autoencoder"
+                ],
+            ),
         )
     if scale_factor is None:
         scale_factor = source.scale_factor
@@ -161,9 +181,29 @@ def _unet(state_dict: Mapping[str, np.ndarray], averaged: bool) -> dict[str, Any
     return {key: state_dict[average] for key, average in averages.items()}
 
 
-def _params_of(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def _params_of(
+    net: Any, state_dict: Mapping[str, np.ndarray], fresh: Any
+) -> dict[str, Any]:
     """On the device array by array, so that no second copy of a net is held."""
-    return networks.params_of(net, state_dict, place=jnp.array)
+    return networks.params_of(net, state_dict, place=jnp.array, fresh=fresh)
+
+
+def _fresh(
+    name: str, init: Callable[[], Any], paths: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Params at `paths` of a net, as training would begin with them."""
+    warnings.warn(
+        f"{len(paths)} arrays of the {name} are not in SRC and are untrained, such as"
+        f" {paths[0]}",
+        stacklevel=2,
+    )
+
+    @jax.jit  # so that nothing else is drawn
+    def draw():
+        flat = flax.traverse_util.flatten_dict(init(), sep="/")
+        return {path: flat[path] for path in paths}
+
+    return jax.tree.map(np.asarray, draw())
 
 
 def _condition(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -6,10 +6,12 @@ import jax
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
 from ldm_jax import config as config_lib
+from ldm_jax import model as model_lib
 from ldm_jax import released
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
@@ -164,6 +166,51 @@ def test_what_does_not_fit_is_a_line_and_nothing_is_written(
     assert stopped.value.code == 2
     assert words in said and said.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["released.safetensors"]
+
+
+def test_what_is_missing_may_be_drawn_anew(tmp_path, made, capsys):
+    original = made[0]
+    lacking = {
+        "model.diffusion_model.middle_block.0.in_layers.2.weight": None,
+        "first_stage_model.quant_conv.bias": None,
+    }
+    with pytest.raises(SystemExit):
+        _convert(tmp_path, made, **lacking)
+    assert "missing middle_block.0.in_layers.2.weight" in capsys.readouterr().err
+    again = _convert(tmp_path, made, "--allow_missing", **lacking)
+    said = capsys.readouterr().err
+    for name in ("UNet", "autoencoder"):
+        assert (
+            f"warning: 1 arrays of the {name} are not in SRC and are untrained" in said
+        )
+    fresh = model_lib.init_diffusion(
+        again.config, again.model, jax.random.key(again.config.seed)
+    )
+    there, new, old = (
+        traverse_util.flatten_dict(params["unet"], sep="/")
+        for params in (again.params, fresh, original.params)
+    )
+    drawn = "mid_res_0/conv1/kernel"
+    np.testing.assert_allclose(there.pop(drawn), new[drawn], atol=1e-6)
+    assert np.abs(np.asarray(new[drawn])).max() > 0
+    for path, value in there.items():
+        np.testing.assert_array_equal(value, old[path])
+    params = again.first_stage.params
+    key = jax.random.key(again.config.seed)
+    fresh, _ = model_lib.init_autoencoder(again.config, again.model.autoencoder, key)
+    np.testing.assert_allclose(
+        params["quant_conv"]["bias"],
+        fresh["autoencoder"]["quant_conv"]["bias"],
+        atol=1e-6,
+    )
+    np.testing.assert_array_equal(
+        params["quant_conv"]["kernel"],
+        original.first_stage.params["quant_conv"]["kernel"],
+    )
+    (tmp_path / "x").mkdir()
+    with pytest.raises(SystemExit):  # strict in what it knows nothing of
+        _convert(tmp_path / "x", made, "--allow_missing", **{"x.weight": np.zeros(1)})
+    assert "1 arrays of no known part" in capsys.readouterr().err
 
 
 def test_a_destination_that_is_there_stays(tmp_path, made, capsys):

@@ -40,6 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--scale_factor", type=float, help="of latents, where the file has none"
     )
     parser.add_argument(
+        "--allow_missing",
+        action="store_true",
+        help="draw anew what SRC's UNet and autoencoder lack, instead of an error",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="compare every block with torch's and diffusers', which must be installed",
@@ -76,7 +81,8 @@ def _export(
     """A run to a file or a folder of others."""
     from ldm_jax import loaded, publish
 
-    if args.config or rest or args.raw_weights or args.scale_factor is not None:
+    chosen = args.config or args.raw_weights or args.allow_missing
+    if chosen or rest or args.scale_factor is not None:
         raise UserError(
             f"SRC: {args.src} is a run, which has a config and weights of its own;"
             " leave --config and the like out"
@@ -109,6 +115,7 @@ def _import(
         config,
         averaged=not args.raw_weights,
         scale_factor=args.scale_factor,
+        allow_missing=args.allow_missing,
     )
     released.write(destination, config, nets, tokenizer_of, parts)
     print(f"{args.src} as {config.preset} in {destination}")

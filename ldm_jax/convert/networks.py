@@ -10,6 +10,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax
 import flax.linen as nn
 import jax
 import numpy as np
@@ -78,13 +79,24 @@ def params_of(
     net: nn.Module,
     state_dict: Mapping[str, Any],
     place: Callable[[np.ndarray], Any] = lambda x: x,
+    fresh: Callable[[list[str]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Params of `net`, whose options are known, from a state dict in any layout.
 
-    `place` is that of `plans.convert`. UserError in one line for what does not fit.
+    `place` is that of `plans.convert`. `fresh(paths)` gives {path: array} of params
+    that the state dict lacks; None makes that an error. UserError in one line for what
+    does not fit.
     """
     kind, layout, state = recognise.recognise(state_dict)
-    return _converted(net, *_tidied(kind, layout, state), place)
+    layout, state = _tidied(kind, layout, state)
+    if fresh is not None:
+        plan = plan_of(net, layout, state)
+        lacking = [rule for rule in plan.rules if rule.key not in state]
+        given = fresh([rule.path for rule in lacking]) if lacking else {}
+        state |= plans.revert(
+            flax.traverse_util.unflatten_dict(given, sep="/"), lacking
+        )
+    return _converted(net, layout, state, place)
 
 
 def _converted(
