@@ -185,7 +185,17 @@ def _params_of(
     net: Any, state_dict: Mapping[str, np.ndarray], fresh: Any
 ) -> dict[str, Any]:
     """On the device array by array, so that no second copy of a net is held."""
-    return networks.params_of(net, state_dict, place=jnp.array, fresh=fresh)
+    return networks.params_of(net, state_dict, place=on_device, fresh=fresh)
+
+
+def on_device(array: np.ndarray) -> jax.Array:
+    """A copy of an array, which may lie in a file.
+
+    A transposed view is copied by the device, faster than by numpy. An array that lies
+    in order might not be copied by `device_put` at all.
+    """
+    in_order = array.flags.c_contiguous
+    return jnp.array(array) if in_order else jax.device_put(array)
 
 
 def _fresh(

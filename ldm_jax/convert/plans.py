@@ -5,6 +5,7 @@ there, so that the same rules, read the other way, export. State dicts hold nump
 under unprefixed torch keys (no `model.diffusion_model.` etc.).
 """
 
+import concurrent.futures
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -56,6 +57,7 @@ class Plan(NamedTuple):
     beside: str = ""  # pattern of keys that are nothing to the net
 
 
+_AT_ONCE = 2  # arrays; more would be in memory besides what stays
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
@@ -97,8 +99,8 @@ def convert(
 ) -> dict[str, Any]:
     """Reads a state dict by a plan; returns nested float32 params.
 
-    One array after the other is read, given to `place`, which may put it on a device,
-    and let go.
+    Array after array is read, given to `place`, which may put it on a device, and let
+    go; two at a time, so that one is read while the other is laid out.
 
     Raises ValueError that lists, in three groups, the keys which are missing, have
     another shape than the net, or are left over and not `plan.beside`; and says what
@@ -121,12 +123,17 @@ def convert(
     unknown = [key for key in sorted(unused) if not re.fullmatch(plan.beside, key)]
     if missing or misshaped or unknown:
         raise ValueError(_misfit(len(found), missing, misshaped, unknown))
-    params = {}
-    for rule in found:
+
+    def read(rule):
         value = _array_here(rule, state_dict[rule.key])
         _check_finite(rule.key, state_dict[rule.key], value)
-        params[rule.path] = place(value)
+        placed = place(value)
         mapped.forget(state_dict[rule.key])
+        return placed
+
+    with concurrent.futures.ThreadPoolExecutor(_AT_ONCE) as pool:
+        values = pool.map(read, found)
+        params = {rule.path: v for rule, v in zip(found, values, strict=True)}
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
