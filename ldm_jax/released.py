@@ -24,9 +24,9 @@ import numpy as np
 from ldm_jax import config as config_lib
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import frozen as frozen_lib
+from ldm_jax import hub, preset_of
 from ldm_jax import loaded as loaded_lib
 from ldm_jax import model as model_lib
-from ldm_jax import preset_of
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
@@ -63,8 +63,10 @@ def is_source(path: str | os.PathLike) -> bool:
 
 
 def open_source(source: str) -> whole.Whole:
-    """What a file, a folder of diffusers or a hub id of weights holds."""
+    """What a file, a folder of diffusers or a hub id of either holds."""
     path = pathlib.Path(source).expanduser()
+    if not path.exists():
+        path = hub.pipeline(source, "SRC") or path
     if whole.is_folder(path):
         return whole.read_folder(path, "SRC")
     return whole.Whole(frozen_lib.read(source, "SRC"))

@@ -1,0 +1,99 @@
+"""Pipelines on the hub, with a hub that is a folder here."""
+
+import fnmatch
+import pathlib
+import shutil
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from ldm_jax import hub, released
+from ldm_jax.config import UserError
+
+FILES = (
+    "model_index.json",
+    "README.md",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/flax_model.msgpack",
+    "tokenizer/merges.txt",
+    "safety_checker/model.safetensors",
+)
+
+
+@pytest.fixture
+def repo(tmp_path, monkeypatch):
+    """Puts `there` files on the hub as org/name; gives where they are fetched to."""
+
+    def make(there):
+        def download(name, filename):
+            if name != "org/name":
+                raise errors.LocalEntryNotFoundError("no network\nat all")
+            if filename not in there:
+                raise errors.EntryNotFoundError("no such file")
+
+        def snapshot(name, allow_patterns, ignore_patterns):
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+            for file in there:
+                wanted = any(fnmatch.fnmatch(file, p) for p in allow_patterns)
+                if wanted and not any(
+                    fnmatch.fnmatch(file, p) for p in ignore_patterns
+                ):
+                    path = tmp_path / "cache" / file
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_text(file)
+            return str(tmp_path / "cache")
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+
+    return make
+
+
+def _fetched(folder):
+    return {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_what_a_pipeline_needs_is_fetched(repo):
+    repo(FILES)
+    assert _fetched(hub.pipeline("org/name", "SRC")) == {
+        "model_index.json",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model.safetensors",
+        "tokenizer/merges.txt",
+    }
+
+
+def test_torch_s_files_are_taken_where_there_are_no_others(repo):
+    repo([f for f in FILES if not f.endswith(".safetensors")])
+    folder = hub.pipeline("org/name", "SRC")
+    assert "unet/diffusion_pytorch_model.bin" in _fetched(folder)
+
+
+def test_what_is_no_pipeline_is_left_to_others(repo):
+    repo(["model.safetensors"])
+    assert hub.pipeline("org/name", "SRC") is None
+    assert hub.pipeline("org/name:text_encoder", "SRC") is None
+    assert hub.pipeline("a.ckpt", "SRC") is None
+
+
+def test_a_repo_that_can_not_be_had_is_a_line(repo):
+    repo(FILES)
+    with pytest.raises(
+        UserError, match=r"^SRC: 'org/none' is no file here .*\(no netw"
+    ):
+        released.open_source("org/none")
+
+
+def test_a_folder_here_comes_first(repo, tmp_path, monkeypatch):
+    repo(FILES)
+    monkeypatch.chdir(tmp_path)
+    weights = pathlib.Path("org/name")
+    weights.mkdir(parents=True)
+    with pytest.raises(
+        UserError, match="has no model.safetensors or pytorch_model.bin"
+    ):
+        released.open_source("org/name")
