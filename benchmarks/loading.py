@@ -8,6 +8,7 @@ file is in the page cache.
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -68,7 +69,7 @@ def theirs(folder: pathlib.Path) -> Callable[[], object]:
 def resident() -> int:
     """Bytes of this process that are in memory, pages of files among them."""
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure(load: Callable[[], object]) -> dict[str, float]:
@@ -104,11 +105,8 @@ def main() -> None:
     parser.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        print(
-            json.dumps(
-                measure({"ours": ours, "theirs": theirs}[args.side](args.folder))
-            )
-        )
+        prepare = {"ours": ours, "theirs": theirs}[args.side]
+        print(json.dumps(measure(prepare(args.folder))))
         return
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.folder or pathlib.Path(scratch)

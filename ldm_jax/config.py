@@ -165,9 +165,11 @@ def split_override(item: str) -> tuple[str, str]:
     return key, text
 
 
-def presets_of(path: pathlib.Path) -> list[str]:
-    """The names of a config file's presets."""
-    return list(_module(path).PRESETS)
+def presets_of(
+    path: pathlib.Path,
+) -> dict[str, Callable[[], ml_collections.ConfigDict]]:
+    """The presets of a config file, {name: what makes its config}."""
+    return _module(path).PRESETS
 
 
 def _module(path):

@@ -312,7 +312,7 @@ def scenes(count: int = 8192) -> ConfigDict:
     """The same on composed scenes, for shorter: what a task needs to show itself."""
     config = emoji()
     config.data.source = "openmoji_scenes"
-    options = dict(count=count, objects=(1, 3), endless=False)
+    options = dict(count=count, objects=(1, 3), crop=None, endless=False)
     config.data.options = ConfigDict(options)
     config.autoencoder_stage.steps = 5000
     config.diffusion_stage.steps = 1500

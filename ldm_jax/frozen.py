@@ -13,6 +13,7 @@ import flax
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
+from ldm_jax import hub
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
@@ -106,34 +107,8 @@ def _find(source: str, option: str) -> pathlib.Path:
         return path
     if path.suffix in files.SUFFIXES or source.startswith((".", "/", "~")):
         raise UserError(f"{option}: no file or folder {source!r}")
-    return _fetch(source, option)
+    return hub.weights(source, FILES, option)
 
 
 def _path(workdir: pathlib.Path, name: str) -> pathlib.Path:
     return workdir / "conditioners" / f"{name}.safetensors"
-
-
-def _fetch(source: str, option: str) -> pathlib.Path:
-    """From the hub, or its cache on this machine."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    repo, _, subfolder = source.partition(":")
-    for name in FILES:
-        try:
-            return pathlib.Path(
-                huggingface_hub.hf_hub_download(repo, name, subfolder=subfolder or None)
-            )
-        except (
-            errors.LocalEntryNotFoundError,  # no network
-            errors.RepositoryNotFoundError,
-            errors.HFValidationError,
-        ) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(
-                f"{option}: {source!r} is no file here and can't be fetched ({reason});"
-                " give the path of its weights"
-            ) from error
-        except errors.EntryNotFoundError:
-            continue
-    raise UserError(f"{option}: {source!r} has no {' or '.join(FILES)}")

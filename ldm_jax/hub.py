@@ -1,7 +1,9 @@
-"""Pipelines of diffusers on the Hugging Face hub, or in its cache on this machine."""
+"""Files on the Hugging Face hub, or in its cache on this machine."""
 
+import contextlib
 import pathlib
 import re
+from collections.abc import Iterator, Sequence
 
 from ldm_jax.config import UserError
 from ldm_jax.convert import whole
@@ -13,6 +15,19 @@ _WEIGHTS = ("*.safetensors", "*.bin")  # the second where there is none of the f
 _ASIDE = ("safety_checker/*", "*.fp16.*", "*non_ema*", "*/flax*", "*/openvino*")
 
 
+def weights(source: str, names: Sequence[str], option: str) -> pathlib.Path:
+    """The first of the files `names` that REPO or REPO:SUBFOLDER has, fetched.
+
+    UserError, which names `option`, where there is none or no network.
+    """
+    repo, _, subfolder = source.partition(":")
+    for name in names:
+        path = _fetched(source, repo, name, option, subfolder=subfolder or None)
+        if path is not None:
+            return path
+    raise UserError(f"{option}: {source!r} has no {' or '.join(names)}")
+
+
 def pipeline(source: str, option: str) -> pathlib.Path | None:
     """The folder of the pipeline REPO, fetched; None where it is a repo of no pipeline.
 
@@ -20,35 +35,49 @@ def pipeline(source: str, option: str) -> pathlib.Path | None:
     """
     if not _REPO.fullmatch(source):
         return None
+    if _fetched(source, source, whole.INDEX, option) is None:
+        return None
+    import huggingface_hub
+
+    for pattern in _WEIGHTS:
+        with _reachable(source, option):
+            folder = huggingface_hub.snapshot_download(
+                source,
+                allow_patterns=[*_SETTINGS, f"*/{pattern}"],
+                ignore_patterns=_ASIDE,
+            )
+        folder = pathlib.Path(folder)
+        if any(folder.glob(f"unet/{pattern}")):
+            break
+    return folder
+
+
+def _fetched(source, repo, name, option, **place) -> pathlib.Path | None:
+    """One file; None where the repo has none of that name."""
     import huggingface_hub
     from huggingface_hub import errors
 
-    def fetch(patterns):
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(
-                source, allow_patterns=patterns, ignore_patterns=_ASIDE
-            )
-        )
+    try:
+        with _reachable(source, option):
+            return pathlib.Path(huggingface_hub.hf_hub_download(repo, name, **place))
+    except errors.EntryNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _reachable(source: str, option: str) -> Iterator[None]:
+    """Turns what says that a repo can't be had into a UserError."""
+    from huggingface_hub import errors
 
     try:
-        try:
-            huggingface_hub.hf_hub_download(source, whole.INDEX)
-        except errors.LocalEntryNotFoundError:  # an EntryNotFoundError by its class
-            raise
-        except errors.EntryNotFoundError:
-            return None
-        for weights in _WEIGHTS:
-            folder = fetch([*_SETTINGS, f"*/{weights}"])
-            if any(folder.glob(f"unet/{weights}")):
-                break
+        yield
     except (
-        errors.LocalEntryNotFoundError,
+        errors.LocalEntryNotFoundError,  # no network
         errors.RepositoryNotFoundError,
         errors.HFValidationError,
     ) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{option}: {source!r} is no file here and can't be fetched ({reason});"
-            " give the path of a file or a folder"
+            " give the path of its weights"
         ) from error
-    return folder

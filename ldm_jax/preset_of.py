@@ -42,7 +42,9 @@ def config_of(source: whole.Whole) -> ml_collections.ConfigDict:
     }
     if not fitting:
         return _read_off(source, net, first, condition)
-    predicted = {c.diffusion.parameterization: spec for spec, c in fitting.items()}
+    predicted: dict[str, str] = {}
+    for spec, config in fitting.items():
+        predicted.setdefault(config.diffusion.parameterization, spec)
     if len(predicted) > 1:
         said = " or ".join(f"{spec} ({what})" for what, spec in predicted.items())
         raise UserError(
@@ -64,11 +66,9 @@ def shipped() -> Iterator[tuple[str, ml_collections.ConfigDict]]:
     folder = next((f for f in (here, pathlib.Path()) if (f / "configs").is_dir()), None)
     files = [] if folder is None else sorted((folder / "configs").glob("*.py"))
     for path in files:
-        for name in config_lib.presets_of(path):
-            if name == "debug":
-                continue
-            config = config_lib.load(f"{path}:{name}")
-            if "diffusion" in config.stages:
+        for name, make in config_lib.presets_of(path).items():
+            config = make()
+            if name != "debug" and "diffusion" in config.stages:
                 yield f"configs/{path.name}:{name}", config
 
 
@@ -176,16 +176,30 @@ def _has_process(config: ml_collections.ConfigDict, source: whole.Whole) -> bool
     if config.diffusion.schedule == "sigma":
         return False
     schedule, parameterization = model_lib.build_process(config)
-    theirs = source.arrays.get("alphas_cumprod")
-    if source.process is not None:
-        settings = dict(source.process)
-        if settings.pop("parameterization") not in (parameterization, None):
-            return False
-        theirs = schedules.make_schedule(**settings).alphas_cumprod
-    ours = schedule.alphas_cumprod
-    return theirs is None or (
-        len(theirs) == len(ours) and np.allclose(theirs, ours, atol=1e-5)
+    theirs, tables = process_of(source)
+    return theirs in (None, parameterization) and all(
+        is_table_of(schedule, table) for table in tables
     )
+
+
+def process_of(source: whole.Whole) -> tuple[str | None, list[np.ndarray]]:
+    """(what a source's net predicts, its tables of alphas_cumprod) where it says so."""
+    buffer = source.arrays.get("alphas_cumprod")
+    tables = [] if buffer is None else [buffer]
+    if source.process is None:
+        return None, tables
+    settings = dict(source.process)
+    parameterization = settings.pop("parameterization")
+    return parameterization, [
+        *tables,
+        schedules.make_schedule(**settings).alphas_cumprod,
+    ]
+
+
+def is_table_of(schedule: schedules.Schedule, table: np.ndarray) -> bool:
+    """Whether a table of alphas_cumprod is the schedule's, but for rounding."""
+    ours = schedule.alphas_cumprod
+    return len(table) == len(ours) and np.allclose(table, ours, atol=1e-5)
 
 
 # --- where no preset fits
@@ -234,7 +248,7 @@ def _process(source: whole.Whole) -> dict[str, Any]:
     ends = dict(linear_start=round(betas[0], 6), linear_end=round(betas[-1], 6))
     for schedule in schedules.SCHEDULES:
         made = dict(schedule=schedule, timesteps=len(bar), **ends)
-        if np.allclose(schedules.make_schedule(**made).alphas_cumprod, bar, atol=1e-5):
+        if is_table_of(schedules.make_schedule(**made), bar):
             return made
     raise UserError(f"SRC: alphas_cumprod is of no schedule known here; {NAME_IT}")
 

@@ -89,11 +89,6 @@ def read(
     than is known.
     """
     state_dict = source.arrays
-
-    def fresh_of(name, init):
-        return functools.partial(_fresh, name, init) if allow_missing else None
-
-    key = jax.random.key(config.seed)
     unknown = [
         key
         for key in state_dict
@@ -105,15 +100,22 @@ def read(
             " a checkpoint of CompVis or Stability"
         )
     _check_process(source, model)
+    key = jax.random.key(config.seed)
+
+    def fresh_unet():
+        return model_lib.init_diffusion(config, model, key)["unet"]
+
+    def fresh_autoencoder():
+        params, _ = model_lib.init_autoencoder(config, model.autoencoder, key)
+        return params["autoencoder"]
+
     diffusion = {
         "unet": _part(
             "the UNet",
             _params_of,
             model.unet,
             _unet(state_dict, averaged),
-            fresh_of(
-                "UNet", lambda: model_lib.init_diffusion(config, model, key)["unet"]
-            ),
+            fresh_unet if allow_missing else None,
         ),
         "conditioners": {},
     }
@@ -140,12 +142,7 @@ def read(
             _params_of,
             model.autoencoder,
             whole.under(state_dict, FIRST_STAGE),
-            fresh_of(
-                "autoencoder",
-                lambda: model_lib.init_autoencoder(config, model.autoencoder, key)[0][
-                    "autoencoder"
-                ],
-            ),
+            fresh_autoencoder if allow_missing else None,
         )
     if scale_factor is None:
         scale_factor = source.scale_factor
@@ -184,9 +181,15 @@ def _unet(state_dict: Mapping[str, np.ndarray], averaged: bool) -> dict[str, Any
 
 
 def _params_of(
-    net: Any, state_dict: Mapping[str, np.ndarray], fresh: Any
+    net: Any, state_dict: Mapping[str, np.ndarray], init: Callable[[], Any] | None
 ) -> dict[str, Any]:
-    """On the device array by array, so that no second copy of a net is held."""
+    """On the device array by array, so that no second copy of a net is held.
+
+    What the state dict lacks is taken from the params that `init` draws, if it may be.
+    """
+    fresh = (
+        None if init is None else functools.partial(_fresh, type(net).__name__, init)
+    )
     return networks.params_of(net, state_dict, place=on_device, fresh=fresh)
 
 
@@ -235,29 +238,23 @@ def _part(name: str, convert: Any, *args: Any) -> dict[str, Any]:
 
 def _check_process(source: whole.Whole, model: model_lib.LatentDiffusion) -> None:
     """Raises UserError unless the source's noise and prediction are the model's."""
-    tables = [source.arrays.get("alphas_cumprod")]
-    if source.process is not None:
-        settings = dict(source.process)
-        predicted, ours = settings.pop("parameterization"), model.parameterization
-        if predicted != ours:
-            raise UserError(
-                f"diffusion.parameterization: {ours!r}, but SRC's net predicts"
-                f" {predicted}; set it to {predicted!r}"
-            )
-        tables.append(schedules.make_schedule(**settings).alphas_cumprod)
+    predicted, tables = preset_of.process_of(source)
+    if predicted not in (None, model.parameterization):
+        raise UserError(
+            f"diffusion.parameterization: {model.parameterization!r}, but SRC's net"
+            f" predicts {predicted}; set it to {predicted!r}"
+        )
     if not isinstance(model.schedule, schedules.Schedule):
         return
     ours = model.schedule.alphas_cumprod
     for theirs in tables:
-        if theirs is None or (
-            len(theirs) == len(ours) and np.allclose(theirs, ours, atol=1e-5)
-        ):
-            continue
-        raise UserError(
-            f"diffusion: alphas_cumprod has {len(ours)} values from {ours[0]:.5f} to"
-            f" {ours[-1]:.5f}, that of SRC {len(theirs)} from {theirs[0]:.5f} to"
-            f" {theirs[-1]:.5f}; set linear_start, linear_end and timesteps to its own"
-        )
+        if not preset_of.is_table_of(model.schedule, theirs):
+            raise UserError(
+                f"diffusion: alphas_cumprod has {len(ours)} values from {ours[0]:.5f}"
+                f" to {ours[-1]:.5f}, that of SRC {len(theirs)} from {theirs[0]:.5f} to"
+                f" {theirs[-1]:.5f}; set linear_start, linear_end and timesteps to its"
+                " own"
+            )
 
 
 def load_tokenizers(

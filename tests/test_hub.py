@@ -34,6 +34,7 @@ def repo(tmp_path, monkeypatch):
                 raise errors.LocalEntryNotFoundError("no network\nat all")
             if filename not in there:
                 raise errors.EntryNotFoundError("no such file")
+            return str(tmp_path / filename)
 
         def snapshot(name, allow_patterns, ignore_patterns):
             shutil.rmtree(tmp_path / "cache", ignore_errors=True)

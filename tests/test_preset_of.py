@@ -1,5 +1,6 @@
 """Released models without a preset's name: recognised, by their YAML, or read off."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -170,10 +171,11 @@ def test_a_yaml_beside_the_file_is_found(tmp_path, made, capsys, monkeypatch):
 
 def test_a_file_is_loaded_without_a_run(tmp_path, made, monkeypatch):
     folder, model, tokenizer, tree = made
-    text = model.config.conditioners.text
-    with text.unlocked(), text.ignore_type():
-        text.tokenizer = dict(name=str(tokenizer), train_vocab_size=None)
-    named = [("configs/mine.py:named", model.config)]
+    config = copy.deepcopy(model.config)
+    section = config.conditioners.text.tokenizer
+    with section.ignore_type():
+        section.update(dict(name=str(tokenizer), train_vocab_size=None))
+    named = [("configs/mine.py:named", config)]
     monkeypatch.setattr(preset_of, "shipped", lambda: iter(named))
     source, path = str(folder / "released.safetensors"), _write(tmp_path, tree)
     np.testing.assert_array_equal(
@@ -194,7 +196,7 @@ def test_a_file_is_loaded_without_a_run(tmp_path, made, monkeypatch):
             "first_stage_config.params.embed_dim 3, but SRC's arrays are of",
         ),
         (dict(linear_end=0.5), "alphas_cumprod"),
-        (dict(unet_config=None), "SRC's arrays|number of heads"),
+        (dict(unet_config=None), "UNet is not told by the arrays alone (the number"),
     ],
 )
 def test_a_yaml_of_another_model_is_a_line(tmp_path, made, capsys, change, words):
@@ -206,7 +208,7 @@ def test_a_yaml_of_another_model_is_a_line(tmp_path, made, capsys, change, words
         convert_main.main([str(source), str(run), f"--config={path}", flag])
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and not run.exists()
-    assert any(word in line for word in words.split("|")), line
+    assert words in line
 
 
 @pytest.mark.parametrize("text", ["model: [", "a: 1", "model: {params: {}}"])

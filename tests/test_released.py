@@ -179,7 +179,7 @@ def test_what_is_missing_may_be_drawn_anew(tmp_path, made, capsys):
     assert "missing middle_block.0.in_layers.2.weight" in capsys.readouterr().err
     again = _convert(tmp_path, made, "--allow_missing", **lacking)
     said = capsys.readouterr().err
-    for name in ("UNet", "autoencoder"):
+    for name in ("UNet", "AutoencoderKL"):
         assert (
             f"warning: 1 arrays of the {name} are not in SRC and are untrained" in said
         )

@@ -125,12 +125,11 @@ def scene(
     index: int,
     resolution: int,
     objects: tuple[int, int] = (1, 4),
-    crop: float = 1.0,
+    crop: float | None = None,
 ) -> dict[str, Any]:
     """Scene `index` of a split, of `objects` from the first to the second number.
 
-    Where `crop` is below 1, a part of a larger scene is shown, whose sides are so much
-    of the scene's or more.
+    With `crop` a part of a larger scene is shown: so much of its side, or more.
 
     image uint8 [H, W, 3]; caption; boxes float32 [6, 4] as (x0, y0, x1, y1) in parts of
     the picture, around what the drawing would show uncovered, rows of zeros after the
@@ -144,7 +143,7 @@ def scene(
     key = (zlib.crc32(split.encode()), index)
     rng = np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
     shown = resolution
-    if crop < 1:  # drawn before the rest, which depends on the canvas
+    if crop is not None:  # drawn before the rest, which depends on the canvas
         resolution = round(shown / rng.uniform(crop, 1.0))
         x, y = rng.integers(resolution - shown + 1, size=2)
     else:
@@ -302,11 +301,11 @@ def columns(
     resolution: int,
     count: int,
     objects: Sequence[int] = (1, 4),
-    crop: float = 1.0,
+    crop: float | None = None,
 ) -> dict[str, np.ndarray]:
     """The first `count` scenes of a split, one column a field."""
     check_objects(objects)
-    if not 0 < crop <= 1:
+    if crop is not None and not 0 < crop <= 1:
         raise UserError(f"data.options.crop: {crop}; choose above 0, and 1 at most")
     low, high = objects
     rows = [scene(split, i, resolution, (low, high), crop) for i in range(count)]

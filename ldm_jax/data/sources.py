@@ -109,14 +109,14 @@ def openmoji_scenes(
     resolution: int = 64,
     count: int = 4096,
     objects=(1, 4),
-    crop: float = 1.0,
+    crop: float | None = None,
     endless: bool = False,
 ) -> Source:
     """Several emoji on one canvas, with captions, boxes, maps of classes and depth.
 
     Splits `train` and `compositional`; see `ldm_jax.data.openmoji_scenes`. `objects`
-    are the fewest and the most of a scene; below 1, `crop` is the least side of the
-    part of it that is shown. The held-out split has an eighth of `count`.
+    are the fewest and the most of a scene; `crop` is the least side of the part of it
+    that is shown, None all of it. The held-out split has an eighth of `count`.
     `endless` goes on composing new ones in training, behind the first `count`.
     """
     from ldm_jax.data import openmoji_scenes as dataset

@@ -108,7 +108,7 @@ def start(config: ml_collections.ConfigDict, fresh: Any) -> dict[str, Any]:
         if path in old:
             found = np.asarray(old[path])
             if _widened(path, old, new):
-                found = widen(found, value.shape[2], config.get("init_channels"))
+                found = widen(found, value.shape[2], how)
             new[path] = found
     return flax.traverse_util.unflatten_dict(new, sep="/")
 
