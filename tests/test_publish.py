@@ -271,6 +271,7 @@ PROCESS = "scheduler/scheduler_config.json"
     ("change", "words"),
     [
         (_lacking("vae"), "vae has no weights in it, though model_index.json lists"),
+        (lambda f: (f / "vae/config.json").unlink(), "vae/config.json can't be read"),
         (_with(PROCESS, beta_end=0.02), "diffusion: alphas_cumprod has 1000 values"),
         (_with(PROCESS, prediction_type="v_prediction"), "but SRC's net predicts v;"),
         (_with(PROCESS, beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"),

@@ -213,6 +213,19 @@ def test_what_is_missing_may_be_drawn_anew(tmp_path, made, capsys):
     assert "1 arrays of no known part" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_what_is_on_the_device_is_no_view_of_the_file(transposed):
+    buffer = np.zeros(1024 + 64, np.uint8)
+    start = -buffer.__array_interface__["data"][0] % 64  # where jax would not copy
+    array = buffer[start : start + 1024].view(np.float32).reshape(16, 16)
+    array[:] = np.arange(256).reshape(16, 16)
+    view = array.T if transposed else array
+    expected = view.copy()
+    placed = jax.block_until_ready(released.on_device(view))
+    array[:] = -1
+    np.testing.assert_array_equal(placed, expected)
+
+
 def test_a_destination_that_is_there_stays(tmp_path, made, capsys):
     (tmp_path / "run").mkdir()
     with pytest.raises(SystemExit):

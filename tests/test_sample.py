@@ -20,7 +20,9 @@ from ldm_jax import draw, first_stage, picture, sample
 from ldm_jax import model as model_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
+from ldm_jax.data import openmoji_scenes, sources
 from ldm_jax.diffusion import samplers, tiling
+from ldm_jax.evaluate import run_report
 from ldm_jax.train import checkpoint
 from tests import runs
 
@@ -262,6 +264,20 @@ def test_a_layout_s_windows_are_told_their_places(tmp_path):
     assert _distance(same, model.sample(inputs=inputs, steps=2)) == 0
     part = model.sample(inputs=inputs | {"crop": [(0, 0, 0.5, 0.5)]}, steps=2)
     assert _distance(part, same) > 1
+
+
+def test_training_reads_what_part_of_a_scene_is_shown():
+    config = config_lib.load(f"{runs.CONFIGS}/layout2img.py:crops")
+    source = sources.Source(openmoji_scenes.columns("train", 32, 12, (1, 2), 0.5), "")
+    for encode_crop in (True, False):
+        config.conditioners.layout.encode_crop = encode_crop
+        model = runs.build(config)
+        raw = run_report.raw_conditions(model, source, config.data.ops)
+        assert ("crop" in raw) == encode_crop
+    config.conditioners.layout.encode_crop = True
+    tokens = conditioning.prepare(runs.build(config).conditioners, source.fields)
+    crops = {tuple(row[-2:]) for row in tokens["layout"]}
+    assert len(crops) > 8  # another part in nearly every scene
 
 
 def test_progress_ends_near_the_picture(loaded):

@@ -47,3 +47,12 @@ def test_boxes_are_drawn_where_they_are():
 
 def test_words_alone_make_no_picture():
     assert shown.picture({"caption": ["a"], "label": [1]}, 8) is None
+
+
+def test_boxes_of_a_part_are_drawn_where_that_shows_them():
+    boxes, numbers = np.float32([[[0.5, 0.25, 0.75, 0.5]]]), np.array([[2]])
+    crop = np.float32([[0.5, 0.0, 1.0, 0.5]])
+    part = shown.picture({"boxes": boxes, "categories": numbers, "crop": crop}, 32)
+    there = np.float32([[[0.0, 0.5, 0.5, 1.0]]])
+    whole = shown.picture({"boxes": there, "categories": numbers}, 32)
+    np.testing.assert_array_equal(part, whole)

@@ -92,7 +92,7 @@ def read_folder(path: pathlib.Path, option: str) -> Whole:
     process = _process(scheduler, option) if scheduler.is_file() else None
     scale_factor = None
     if "vae" in index:
-        settings = nets.get(FIRST_STAGE, {})
+        settings = _json(path / "vae" / "config.json", option)
         scale_factor = settings.get("scaling_factor", 0.18215)
     tokenizer = path / "tokenizer"
     tokenizer = tokenizer if tokenizer.is_dir() else None
