@@ -15,6 +15,11 @@ _WEIGHTS = ("*.safetensors", "*.bin")  # the second where there is none of the f
 _ASIDE = ("safety_checker/*", "*.fp16.*", "*non_ema*", "*/flax*", "*/openvino*")
 
 
+def is_id(source: str) -> bool:
+    """Whether a name could be that of a repo, OWNER/NAME."""
+    return _REPO.fullmatch(source) is not None
+
+
 def weights(source: str, names: Sequence[str], option: str) -> pathlib.Path:
     """The first of the files `names` that REPO or REPO:SUBFOLDER has, fetched.
 
@@ -33,7 +38,7 @@ def pipeline(source: str, option: str) -> pathlib.Path | None:
 
     UserError, which names `option`, where there is no such repo or no network.
     """
-    if not _REPO.fullmatch(source):
+    if not is_id(source):
         return None
     if _fetched(source, source, whole.INDEX, option) is None:
         return None
@@ -78,6 +83,6 @@ def _reachable(source: str, option: str) -> Iterator[None]:
     ) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{option}: {source!r} is no file here and can't be fetched ({reason});"
+            f"{option}: {source!r} is not here and can't be fetched ({reason});"
             " give the path of its weights"
         ) from error

@@ -27,7 +27,7 @@ from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.conditioning import kinds, pictures
 from ldm_jax.config import UserError
 from ldm_jax.nets import autoencoder
-from ldm_jax.train import checkpoint
+from ldm_jax.train import checkpoint, sharding
 
 STRENGTH = 0.75  # of an --init_image that has no mask
 
@@ -319,11 +319,14 @@ def _size_of(model: model_lib.LatentDiffusion) -> tuple[int, int]:
 
 
 def load_first_stage(
-    workdir: pathlib.Path, config: ml_collections.ConfigDict
+    workdir: pathlib.Path,
+    config: ml_collections.ConfigDict,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> first_stage_lib.FirstStage:
     """The finished autoencoder of a run with the statistics of its latents.
 
-    Where a config's first stage is the identity, pixels are the latents.
+    Where a config's first stage is the identity, pixels are the latents. `mesh` is that
+    of `load`.
     """
     net = model_lib.build_autoencoder(config)
     if isinstance(net, autoencoder.Identity):
@@ -333,7 +336,7 @@ def load_first_stage(
         lambda: model_lib.init_autoencoder(config, net, jax.random.key(0))[0]
     )
     saved = checkpoint.Checkpoints(workdir / "autoencoder")
-    params, meta = saved.load_averaged(checkpoint.single_device(abstract))
+    params, meta = saved.load_averaged(_placed(abstract, mesh))
     if "latent" not in meta:
         raise UserError(
             f"--workdir: the autoencoder of {workdir} is not finished; run the training"
@@ -346,21 +349,33 @@ def load_first_stage(
     )
 
 
-def load(workdir: str | pathlib.Path) -> LoadedModel:
-    """Loads a run's newest checkpoint, finished or not, with its averaged params."""
+def _placed(abstract: Any, mesh: jax.sharding.Mesh | None) -> Any:
+    """Shapes placed on this process's first device, or as training would on `mesh`."""
+    if mesh is None:
+        return checkpoint.single_device(abstract)
+    return checkpoint.placed(abstract, sharding.tree_shardings(abstract, mesh))
+
+
+def load(
+    workdir: str | pathlib.Path, mesh: jax.sharding.Mesh | None = None
+) -> LoadedModel:
+    """Loads a run's newest checkpoint, finished or not, with its averaged params.
+
+    With a `mesh` they are spread over it as they would be in training.
+    """
     workdir = pathlib.Path(workdir)
     config = workdir_lib.read_config(workdir)
     tokenizers = workdir_lib.load_tokenizers(workdir, config)
     model = model_lib.build(config, tokenizers)
     looking = [k for k, c in model.conditioners.items() if c.remembered is not None]
-    first_stage = load_first_stage(workdir, config).replace(
+    first_stage = load_first_stage(workdir, config, mesh).replace(
         memory=workdir_lib.load_memory(workdir, looking),
         encoders=frozen_lib.load(model, workdir),
     )
     init = functools.partial(model_lib.init_diffusion, config, model)
     abstract = jax.eval_shape(lora.initializer(config, init), jax.random.key(0))
     saved = checkpoint.Checkpoints(workdir / "diffusion")
-    params, meta = saved.load_averaged(checkpoint.single_device(abstract))
+    params, meta = saved.load_averaged(_placed(abstract, mesh))
     factors = None
     if lora.is_on(config):
         factors = params
@@ -372,7 +387,7 @@ def load(workdir: str | pathlib.Path) -> LoadedModel:
             lambda: model_lib.init_classifier(model, jax.random.key(0))
         )
         saved = checkpoint.Checkpoints(workdir / "classifier")
-        trained, _ = saved.load_averaged(checkpoint.single_device(abstract))
+        trained, _ = saved.load_averaged(_placed(abstract, mesh))
         classifier = trained["classifier"]
     # What was read by numpy would go to the device again with every call.
     params, first_stage = jax.tree.map(jnp.asarray, (params, first_stage))

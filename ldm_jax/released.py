@@ -30,11 +30,11 @@ from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
-from ldm_jax.convert import networks, original_yaml, towers, whole
+from ldm_jax.convert import networks, original_yaml, plans, towers, whole
 from ldm_jax.convert.whole import FIRST_STAGE, UNET
 from ldm_jax.diffusion import schedules
 from ldm_jax.nets import autoencoder
-from ldm_jax.train import checkpoint
+from ldm_jax.train import checkpoint, sharding
 
 AVERAGE = "model_ema.diffusion_model"  # then the key without its dots
 # All that such a state dict may hold besides the nets and their averages.
@@ -56,10 +56,13 @@ class Parts(NamedTuple):
     scale_factor: float
 
 
-def is_source(path: str | os.PathLike) -> bool:
-    """Whether a file of weights or a folder of diffusers lies there."""
-    path = pathlib.Path(path).expanduser()
-    return path.is_file() or whole.is_folder(path)
+def is_source(source: str | os.PathLike) -> bool:
+    """Whether it is a file of weights or a folder of diffusers, or may be a hub id."""
+    path = pathlib.Path(source).expanduser()
+    if path.is_file() or whole.is_folder(path):
+        return True
+    # In a folder that is there it is a path, be it a wrong one.
+    return hub.is_id(os.fspath(source)) and not path.parent.exists()
 
 
 def open_source(source: str) -> whole.Whole:
@@ -80,13 +83,15 @@ def read(
     averaged: bool = True,
     scale_factor: float | None = None,
     allow_missing: bool = False,
+    place: plans.Place | None = None,
 ) -> Parts:
     """The params of `model` from all that a source has.
 
     `averaged` takes the UNet's moving average where the file has one. With
     `allow_missing` what the UNet and the autoencoder lack is drawn as for training, and
-    warned of. Raises UserError where the file is of another model, or has more in it
-    than is known.
+    warned of. `place` puts params where they shall be, by default on the first device.
+    Raises UserError where the file is of another model, or has more in it than is
+    known.
     """
     state_dict = source.arrays
     unknown = [
@@ -100,6 +105,7 @@ def read(
             " a checkpoint of CompVis or Stability"
         )
     _check_process(source, model)
+    place = place or on_device
     key = jax.random.key(config.seed)
 
     def fresh_unet():
@@ -115,6 +121,7 @@ def read(
             _params_of,
             model.unet,
             _unet(state_dict, averaged),
+            place,
             fresh_unet if allow_missing else None,
         ),
         "conditioners": {},
@@ -126,7 +133,7 @@ def read(
                 f"conditioners.{name}", _condition, conditioner.net, state_dict
             )
             of = diffusion["conditioners"] if conditioner.trainable else encoders
-            of[name] = params
+            of[name] = _placed(params, place)
     if config.diffusion_stage.loss.get("learn_logvar"):
         if "logvar" not in state_dict:
             raise UserError(
@@ -142,6 +149,7 @@ def read(
             _params_of,
             model.autoencoder,
             whole.under(state_dict, FIRST_STAGE),
+            place,
             fresh_autoencoder if allow_missing else None,
         )
     if scale_factor is None:
@@ -181,26 +189,50 @@ def _unet(state_dict: Mapping[str, np.ndarray], averaged: bool) -> dict[str, Any
 
 
 def _params_of(
-    net: Any, state_dict: Mapping[str, np.ndarray], init: Callable[[], Any] | None
+    net: Any,
+    state_dict: Mapping[str, np.ndarray],
+    place: plans.Place,
+    init: Callable[[], Any] | None,
 ) -> dict[str, Any]:
-    """On the device array by array, so that no second copy of a net is held.
+    """Placed array by array, so that no second copy of a net is held.
 
     What the state dict lacks is taken from the params that `init` draws, if it may be.
     """
     fresh = (
         None if init is None else functools.partial(_fresh, type(net).__name__, init)
     )
-    return networks.params_of(net, state_dict, place=on_device, fresh=fresh)
+    return networks.params_of(net, state_dict, place=place, fresh=fresh)
 
 
-def on_device(array: np.ndarray) -> jax.Array:
-    """A copy of an array, which may lie in a file.
+def on_device(path: str, array: np.ndarray) -> jax.Array:
+    """A copy of an array, which may lie in a file, on the first device.
 
     A transposed view is copied by the device, faster than by numpy. An array that lies
     in order might not be copied by `device_put` at all.
     """
+    del path
     in_order = array.flags.c_contiguous
     return jnp.array(array) if in_order else jax.device_put(array)
+
+
+def on_mesh(mesh: jax.sharding.Mesh) -> plans.Place:
+    """Puts every array where training would have it; each device is given its part."""
+
+    def place(path, array):
+        spec = sharding.partition_spec(path, array.shape, mesh)
+        return jax.make_array_from_callback(
+            array.shape,
+            jax.sharding.NamedSharding(mesh, spec),
+            lambda index: np.array(array[index], order="C"),
+        )
+
+    return place
+
+
+def _placed(tree: Any, place: plans.Place) -> Any:
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    placed = {path: place(path, np.asarray(x)) for path, x in flat.items()}
+    return flax.traverse_util.unflatten_dict(placed, sep="/")
 
 
 def _fresh(
@@ -315,14 +347,20 @@ def open_parts(
     return nets, tokenizer_of, read(source, config, nets, **options)
 
 
-def load(path: str, spec: str | None = None) -> loaded_lib.LoadedModel:
-    """A released model in memory, ready to draw; nothing is written. See `settle`."""
+def load(
+    path: str, spec: str | None = None, mesh: jax.sharding.Mesh | None = None
+) -> loaded_lib.LoadedModel:
+    """A released model in memory, ready to draw; nothing is written. See `settle`.
+
+    With a `mesh` its params are spread over it as they would be in training.
+    """
     source, config = settle(path, spec)
-    nets, tokenizer_of, parts = open_parts(source, config)
+    place = None if mesh is None else on_mesh(mesh)
+    nets, tokenizer_of, parts = open_parts(source, config, place=place)
     first_stage = first_stage_lib.FirstStage(
         params=parts.first_stage.get("autoencoder", {}),
         **{k: jnp.array(v, jnp.float32) for k, v in _statistics(nets, parts).items()},
-        encoders=jax.tree.map(jnp.array, parts.encoders),
+        encoders=parts.encoders,
     )
     steps = config.diffusion_stage.steps
     return loaded_lib.LoadedModel(

@@ -144,7 +144,7 @@ def test_dtypes_that_numpy_has_not(tmp_path, dtype, one):
         (None, "conditioners.text.trainable: False, but a frozen net needs weights"),
         ("/nowhere/clip", "text.weights: no file or folder '/nowhere/clip'"),
         ("clip.safetensors", "text.weights: no file or folder 'clip.safetensors'"),
-        ("no-one/has-this", "'no-one/has-this' is no file here and can't be fetched"),
+        ("no-one/has-this", "'no-one/has-this' is not here and can't be fetched"),
     ],
 )
 def test_weights_that_are_not_there(tmp_path, weights, words):

@@ -84,7 +84,7 @@ def test_what_is_no_pipeline_is_left_to_others(repo):
 def test_a_repo_that_can_not_be_had_is_a_line(repo):
     repo(FILES)
     with pytest.raises(
-        UserError, match=r"^SRC: 'org/none' is no file here .*\(no netw"
+        UserError, match=r"^SRC: 'org/none' is not here .*\(no netw"
     ):
         released.open_source("org/none")
 
@@ -98,3 +98,12 @@ def test_a_folder_here_comes_first(repo, tmp_path, monkeypatch):
         UserError, match="has no model.safetensors or pytorch_model.bin"
     ):
         released.open_source("org/name")
+
+
+def test_a_path_that_is_wrong_is_no_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert released.is_source("runs/mine")
+    pathlib.Path("runs").mkdir()
+    assert not released.is_source("runs/mine")
+    assert not released.is_source("mine")
+    assert not released.is_source("no/such/runs")

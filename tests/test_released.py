@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
+from ml_collections import ConfigDict
 from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
@@ -17,7 +18,7 @@ from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
 from ldm_jax.convert import compvis, plans, towers, whole
 from ldm_jax.nets import autoencoder
-from ldm_jax.train import checkpoint, finetune
+from ldm_jax.train import checkpoint, finetune, sharding
 from ldm_jax.train import state as train_state
 from tests import runs
 
@@ -221,9 +222,44 @@ def test_what_is_on_the_device_is_no_view_of_the_file(transposed):
     array[:] = np.arange(256).reshape(16, 16)
     view = array.T if transposed else array
     expected = view.copy()
-    placed = jax.block_until_ready(released.on_device(view))
+    placed = jax.block_until_ready(released.on_device("x", view))
     array[:] = -1
     np.testing.assert_array_equal(placed, expected)
+
+
+def _sharded(tree):
+    """How many of a tree's arrays lie in parts on several devices."""
+    leaves = jax.tree.leaves(tree)
+    return sum(not leaf.sharding.is_fully_replicated for leaf in leaves)
+
+
+def test_params_are_spread_over_a_mesh_as_in_training(tmp_path, made, monkeypatch):
+    """Files and runs alike; what is drawn is the same."""
+    loaded, state_dict, tokenizer = made
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2**10)
+    mesh = sharding.make_mesh(ConfigDict(dict(data=1, fsdp=4, tensor=2, dcn_data=1)))
+    source = tmp_path / "released.safetensors"
+    safetensors_numpy.save_file(jax.tree.map(np.asarray, state_dict), source)
+    text = "conditioners.text.tokenizer"
+    spec = f"{DEBUG},{text}.train_vocab_size=None,{text}.name={tokenizer}"
+    _convert(tmp_path, made)
+    file = ldm_jax.load(source, spec, mesh=mesh)
+    run = ldm_jax.load(tmp_path / "run", mesh=mesh)
+    wanted = sharding.tree_shardings(loaded.params["unet"], mesh)
+    for model in (file, run):
+        assert _sharded(model.params) > 30 and _sharded(model.first_stage.params) > 5
+        unet = model.params["unet"]
+        jax.tree.map(lambda x, s: _same_place(x, s), unet, wanted)
+        jax.tree.map(np.testing.assert_array_equal, unet, loaded.params["unet"])
+    options = dict(prompts=["a red circle on blue"], steps=2, output="array")
+    difference = file.sample(**options) - run.sample(**options).astype(int)
+    assert not difference.any()
+    alone = ldm_jax.load(tmp_path / "run").sample(**options)
+    assert np.abs(alone - file.sample(**options).astype(int)).max() <= 1
+
+
+def _same_place(array, expected):
+    assert array.sharding.is_equivalent_to(expected, array.ndim)
 
 
 def test_a_destination_that_is_there_stays(tmp_path, made, capsys):

@@ -78,7 +78,7 @@ def _read(state_dict, config):
 def params_of(
     net: nn.Module,
     state_dict: Mapping[str, Any],
-    place: Callable[[np.ndarray], Any] = lambda x: x,
+    place: plans.Place = lambda path, x: x,
     fresh: Callable[[list[str]], Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Params of `net`, whose options are known, from a state dict in any layout.
@@ -103,7 +103,7 @@ def _converted(
     net: nn.Module,
     layout: str,
     state: Mapping[str, Any],
-    place: Callable[[np.ndarray], Any] = lambda x: x,
+    place: plans.Place = lambda path, x: x,
 ) -> dict[str, Any]:
     plan = plan_of(net, layout, state)
     try:

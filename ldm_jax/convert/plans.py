@@ -18,6 +18,10 @@ import numpy as np
 from ldm_jax.convert import mapped
 
 
+# (path of a parameter, its array, which may lie in a file) -> what is kept of it
+Place = Callable[[str, np.ndarray], Any]
+
+
 class Layout(NamedTuple):
     """How torch stores an array: both directions, inverse to each other."""
 
@@ -95,12 +99,12 @@ def convert(
     state_dict: Mapping[str, np.ndarray],
     plan: Plan,
     *,
-    place: Callable[[np.ndarray], Any] = lambda x: x,
+    place: Place = lambda path, x: x,
 ) -> dict[str, Any]:
     """Reads a state dict by a plan; returns nested float32 params.
 
-    Array after array is read, given to `place`, which may put it on a device, and let
-    go; two at a time, so that one is read while the other is laid out.
+    Array after array is read, given to `place` with its path, and let go; two at a
+    time, so that one is read while the other is laid out.
 
     Raises ValueError that lists, in three groups, the keys which are missing, have
     another shape than the net, or are left over and not `plan.beside`; and says what
@@ -127,7 +131,7 @@ def convert(
     def read(rule):
         value = _array_here(rule, state_dict[rule.key])
         _check_finite(rule.key, state_dict[rule.key], value)
-        placed = place(value)
+        placed = place(rule.path, value)
         mapped.forget(state_dict[rule.key])
         return placed
 

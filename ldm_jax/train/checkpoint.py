@@ -263,9 +263,14 @@ def _disk_errors(folder: pathlib.Path):
 
 def single_device(tree: Any) -> Any:
     """`tree` of abstract arrays placed on one device of this process."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return placed(tree, jax.tree.map(lambda _: device, tree))
+
+
+def placed(tree: Any, shardings: Any) -> Any:
+    """`tree` of abstract arrays placed as a tree of `shardings` says."""
     return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
     )
 
 

@@ -189,11 +189,7 @@ def run_stage(
     key = train_state.step_key(config.seed, 0, train_state.INIT)
     abstract = jax.eval_shape(stage.create, key)
     shardings = sharding.tree_shardings(abstract, mesh)
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        shardings,
-    )
+    abstract = checkpoint.placed(abstract, shardings)
     for path in sharding.unsharded(abstract.params, mesh):
         report.say(f"{stage.name}: {path} is replicated, no dimension fits mesh.fsdp")
     saved = checkpoint.Checkpoints(workdir / stage.name, every.max_to_keep)

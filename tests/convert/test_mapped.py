@@ -55,7 +55,7 @@ def test_what_was_read_is_let_go(tmp_path):
     assert _resident(array) < 100
     assert array.sum() == 2**20
     plan = plans.Plan([plans.Rule("a", "a", plans.AS_IS)], {"a": (2**20,)})
-    params = plans.convert({"a": array}, plan, place=np.array)
+    params = plans.convert({"a": array}, plan, place=lambda path, x: np.array(x))
     assert params["a"].sum() == 2**20 and _resident(array) < 100
 
 
@@ -67,13 +67,13 @@ def test_arrays_are_placed_one_by_one_as_they_are_here():
     plan = plans.Plan(rules, {"x/kernel": (3, 2), "x/bias": (2,)})
     weight, placed = np.arange(6.0).reshape(2, 3), []
 
-    def place(array):
-        placed.append(array.shape)
+    def place(path, array):
+        placed.append((path, array.shape))
         return array + 1
 
     state = {"x.weight": weight, "x.bias": np.zeros(2)}
     params = plans.convert(state, plan, place=place)
-    assert placed == [(3, 2), (2,)]
+    assert placed == [("x/kernel", (3, 2)), ("x/bias", (2,))]
     np.testing.assert_array_equal(params["x"]["kernel"], weight.T + 1)
     # What does not fit is told before anything is placed.
     with pytest.raises(ValueError, match="missing x.bias"):
