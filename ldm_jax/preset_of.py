@@ -25,11 +25,14 @@ READ_OFF = "read off its weights"  # config.preset where none fits
 NAME_IT = "name a preset with --config"
 
 
-def config_of(source: whole.Whole) -> ml_collections.ConfigDict:
+def config_of(
+    source: whole.Whole, predicts: str | None = None
+) -> ml_collections.ConfigDict:
     """The config that all of a source fits.
 
-    Raises UserError where several presets do that predict otherwise, or none does and
-    the arrays don't tell what the model is given.
+    Of several presets that predict otherwise it is the one that `predicts` names.
+    Raises UserError where there is none such, or none fits and the arrays don't tell
+    what the model is given.
     """
     net = _net("UNet", source, whole.UNET)
     first, condition = _first_stage(source), _condition(source)
@@ -45,13 +48,16 @@ def config_of(source: whole.Whole) -> ml_collections.ConfigDict:
     predicted: dict[str, str] = {}
     for spec, config in fitting.items():
         predicted.setdefault(config.diffusion.parameterization, spec)
+    if predicts in predicted:
+        predicted = {predicts: predicted[predicts]}
     if len(predicted) > 1:
         said = " or ".join(f"{spec} ({what})" for what, spec in predicted.items())
         raise UserError(
             "--config: none, and what the net predicts is not in the weights; give"
             f" {said}"
         )
-    spec, config = next(iter(fitting.items()))
+    spec = next(iter(predicted.values()))
+    config = fitting[spec]
     config.preset = spec
     return config
 

@@ -314,12 +314,16 @@ def load_tokenizers(
 
 
 def settle(
-    path: str, spec: str | None = None, overrides: Sequence[str] = ()
+    path: str,
+    spec: str | None = None,
+    overrides: Sequence[str] = (),
+    predicts: str | None = None,
 ) -> tuple[whole.Whole, ml_collections.ConfigDict]:
     """(what a source holds, the config that it is of).
 
     `spec` is a preset, "configs/txt2img.py:sd1", or the original's YAML; None takes the
-    YAML beside the file, or recognises the source. `overrides` are "field=value".
+    YAML beside the file, or recognises the source. `overrides` are "field=value",
+    `predicts` is the parameterization where nothing else tells.
     """
     if spec is not None and not spec.endswith(original_yaml.SUFFIXES):
         config = config_lib.load(spec, overrides)
@@ -332,7 +336,7 @@ def settle(
     original = spec or original_yaml.find(pathlib.Path(path).expanduser())
     if original is not None:
         source = original_yaml.add(source, pathlib.Path(original))
-    config = preset_of.config_of(source)
+    config = preset_of.config_of(source, predicts)
     for item in overrides:
         config_lib.override(config, *config_lib.split_override(item))
     return source, config

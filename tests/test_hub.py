@@ -83,9 +83,7 @@ def test_what_is_no_pipeline_is_left_to_others(repo):
 
 def test_a_repo_that_can_not_be_had_is_a_line(repo):
     repo(FILES)
-    with pytest.raises(
-        UserError, match=r"^SRC: 'org/none' is not here .*\(no netw"
-    ):
+    with pytest.raises(UserError, match=r"^SRC: 'org/none' is not here .*\(no netw"):
         released.open_source("org/none")
 
 

@@ -1,7 +1,8 @@
 """Finetuning: stage two starts from what another run has trained.
 
 `--config.init_from=runs/openmoji` takes that run's averaged params, its tokenizers and,
-unless `autoencoder_from` names another, its first stage. Conditions that it does not
+unless `autoencoder_from` names another, its first stage; of a released model a run is
+made first, see origin.py. Conditions that it does not
 have begin untrained, and the UNet's new input channels at zero, so that at first it
 draws as it did: a text-to-image model becomes one of inpainting or depth. With
 `--config.init_channels=tiled` the old channels are repeated for the new ones instead.
@@ -22,7 +23,7 @@ from ldm_jax import lora
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
-from ldm_jax.train import checkpoint, report
+from ldm_jax.train import checkpoint, origin, report
 
 CONV_IN = "unet/conv_in/kernel"  # [3, 3, in, out]
 SHOWN = 5  # paths of an error
@@ -62,7 +63,7 @@ def tokenizer_path(config: ml_collections.ConfigDict, name: str) -> pathlib.Path
     """Where that run keeps the tokenizer of the condition `name`, if it does."""
     if not config.get("init_from"):
         return None
-    path = workdir_lib.tokenizer_path(pathlib.Path(config.init_from), name)
+    path = workdir_lib.tokenizer_path(origin.run_of(config, "init_from"), name)
     return path if path.is_dir() else None
 
 
@@ -99,18 +100,34 @@ def check(config: ml_collections.ConfigDict, fresh: Any) -> None:
 def start(config: ml_collections.ConfigDict, fresh: Any) -> dict[str, Any]:
     """`fresh` params with the averaged ones of that run in their places."""
     saved, abstract = _checkpoints(config)
-    theirs, _ = saved.load_averaged(checkpoint.single_device(abstract))
+    theirs, _ = saved.load_averaged(_placed_like(abstract, fresh))
     old, new = _flat(theirs), _flat(fresh)
     how = config.get("init_channels")
     said = _described(old, new, how or "at zero")
     report.say(f"diffusion: starts from {config.init_from}{said}")
     for path, value in new.items():
         if path in old:
-            found = np.asarray(old[path])
+            found = old[path]
             if _widened(path, old, new):
-                found = widen(found, value.shape[2], how)
+                found = widen(np.asarray(found), value.shape[2], how)
             new[path] = found
     return flax.traverse_util.unflatten_dict(new, sep="/")
+
+
+def _placed_like(abstract: Any, fresh: Any) -> Any:
+    """Shapes placed as the params at their paths, so that each device reads its own.
+
+    The others, and what is widened, are on the first device.
+    """
+    old, new = _flat(checkpoint.single_device(abstract)), _flat(fresh)
+    shardings = {
+        path: new[path].sharding
+        if path in new and new[path].shape == leaf.shape
+        else leaf.sharding
+        for path, leaf in old.items()
+    }
+    placed = checkpoint.placed(old, shardings)
+    return flax.traverse_util.unflatten_dict(placed, sep="/")
 
 
 def widen(kernel: np.ndarray, channels: int, how: str | None) -> np.ndarray:
@@ -152,7 +169,7 @@ def load_base(
 
 def _checkpoints(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
     """Those of that run's stage two, and the shapes of its params."""
-    run = pathlib.Path(config.init_from)
+    run = origin.run_of(config, "init_from")
     if not workdir_lib.is_run(run):
         raise UserError(
             f"init_from: {run} holds no run (no config.json); give the --workdir of one"

@@ -11,7 +11,7 @@ import ml_collections
 
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
-from ldm_jax.train import checkpoint
+from ldm_jax.train import checkpoint, origin
 
 
 def is_taken(config: ml_collections.ConfigDict) -> bool:
@@ -24,7 +24,7 @@ def adopt_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
 
     Raises UserError where there is no such run, or its first stage isn't finished.
     """
-    run = pathlib.Path(config.autoencoder_from)
+    run = origin.run_of(config, "autoencoder_from")
     if checkpoint.Checkpoints(workdir / "autoencoder").finished():
         run = workdir  # copied before; the other run may be gone
     elif not workdir_lib.is_run(run):
@@ -47,7 +47,7 @@ def copy_checkpoint(config: ml_collections.ConfigDict, workdir: pathlib.Path) ->
     """
     if checkpoint.Checkpoints(workdir / "autoencoder").steps():
         return
-    source = pathlib.Path(config.autoencoder_from) / "autoencoder"
+    source = origin.run_of(config, "autoencoder_from") / "autoencoder"
     step = checkpoint.Checkpoints(source).steps()[0]
     target = workdir / "autoencoder" / str(step)
     partial = target.with_name(f".{step}.partial")

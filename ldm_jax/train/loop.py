@@ -29,6 +29,7 @@ from ldm_jax.train import (
     finetune,
     handover,
     optim,
+    origin,
     report,
     sharding,
     step_autoencoder,
@@ -82,6 +83,7 @@ def check(
             hint = config_lib.nearest(name, STAGES)
             raise UserError(f"stages: no stage {name!r}; {hint}")
     mesh = sharding.make_mesh(config.mesh)
+    origin.make(config, workdir)
     finetune.adopt_first_stage(config)
     if handover.is_taken(config):
         handover.adopt_config(config, workdir)
