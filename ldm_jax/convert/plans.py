@@ -17,7 +17,6 @@ import numpy as np
 
 from ldm_jax.convert import mapped
 
-
 # (path of a parameter, its array, which may lie in a file) -> what is kept of it
 Place = Callable[[str, np.ndarray], Any]
 
