@@ -31,6 +31,11 @@ class LatentDiffusion:
     latent_shape: tuple[int, int, int]
     classifier: nn.Module | None = None  # of noisy latents
 
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the net gives v of learned_variance.py in as many channels more."""
+        return self.unet.out_channels == 2 * self.latent_shape[-1]
+
 
 def compute_dtype(name: str) -> jnp.dtype:
     """`auto` is bfloat16 on accelerators and float32 on CPU."""
@@ -122,11 +127,7 @@ def build(
     shape = first_stage.latent_shape(net, size)
     unet_kwargs = kwargs_of("unet", config.unet, unet.VARIANTS)
     unet_kwargs["dtype"] = compute_dtype(config.dtype)
-    if unet_kwargs["out_channels"] != shape[-1]:
-        raise UserError(
-            f"unet.out_channels: {unet_kwargs['out_channels']}, but the autoencoder's"
-            f" latent has {shape[-1]} channels; set it to {shape[-1]}"
-        )
+    check_out_channels(unet_kwargs["out_channels"], shape[-1], schedule)
     model = LatentDiffusion(
         autoencoder=net,
         unet=construct("unet", unet.UNet, unet_kwargs),
@@ -138,6 +139,20 @@ def build(
     )
     check_channels(config, model)
     return model
+
+
+def check_out_channels(
+    out_channels: int, channels: int, schedule: denoiser.Schedule
+) -> None:
+    """Raises UserError unless the net predicts a latent, or its variance besides."""
+    sigma = isinstance(schedule, schedules.SigmaSchedule)
+    if out_channels == channels or (out_channels == 2 * channels and not sigma):
+        return
+    more = "" if sigma else f", or {2 * channels} to learn the variance too"
+    raise UserError(
+        f"unet.out_channels: {out_channels}, but the autoencoder's latent has"
+        f" {channels} channels; set it to {channels}{more}"
+    )
 
 
 def build_classifier(
@@ -370,4 +385,5 @@ def make_denoiser(
         guidance_rescale=guidance_rescale,
         score=score,
         constrain=(lambda x: jnp.clip(x, -1, 1)) if pixels else None,
+        learned_variance=model.learned_variance,
     )

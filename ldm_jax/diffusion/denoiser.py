@@ -18,6 +18,29 @@ Schedule = schedules.Schedule | schedules.SigmaSchedule
 Scale = jax.Array | float | Callable[[jax.Array], jax.Array]
 
 
+class WithVariance:
+    """A denoiser whose net tells the variance of the reverse step too.
+
+    To all samplers it is as any other; `ddpm` calls `predict(z_t, t) -> (x0_hat,
+    eps_hat, v)` instead, see learned_variance.py.
+    """
+
+    def __init__(self, predict: Callable[..., tuple[jax.Array, ...]]):
+        self.predict = predict
+
+    def __call__(self, z_t: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return self.predict(z_t, t)[:2]
+
+
+def seeing(
+    denoise: Denoise, look: Callable[[jax.Array, jax.Array], jax.Array]
+) -> Denoise:
+    """`denoise` of `look(z_t, t)` in place of z_t."""
+    if isinstance(denoise, WithVariance):
+        return WithVariance(lambda z_t, t: denoise.predict(look(z_t, t), t))
+    return lambda z_t, t: denoise(look(z_t, t), t)
+
+
 def per_example(values: jax.Array, like: jax.Array) -> jax.Array:
     """[] or [b] -> [b, 1, …], to multiply `like` [b, …] without implicit broadcasting.
 
@@ -145,6 +168,7 @@ def make_denoiser(
     guidance_rescale: jax.Array | float | None = None,
     score: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
     constrain: Callable[[jax.Array], jax.Array] | None = None,
+    learned_variance: bool = False,
 ) -> Denoise:
     """The denoiser that samplers see: `denoise(z_t, t) -> (x0_hat, eps_hat)`.
 
@@ -155,7 +179,9 @@ def make_denoiser(
 
     `guidance_rescale` in [0, 1] is `phi` of `rescale`. `score(z_t, t)` is the gradient
     of log p(y | z_t), see guidance.py. `constrain` maps x0_hat to what it may be (a
-    clip, a codebook), and eps_hat follows.
+    clip, a codebook), and eps_hat follows. With `learned_variance` the second half of
+    the net's channels is v of learned_variance.py, and the denoiser a `WithVariance`:
+    v is that of all conditions, for guidance moves the mean alone.
     """
     schedules.check_learnable(schedule, parameterization)
     n = len(conds)
@@ -165,24 +191,32 @@ def make_denoiser(
         )
 
     def raw(z_t, t):
-        if n == 1:
-            return apply(z_t, t, conds[0]).astype(jnp.float32)
-        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conds)
+        """(guided output, v or None)"""
+        stacked = conds[0]
+        if n > 1:
+            stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *conds)
         copies = jnp.concatenate([z_t] * n), jnp.concatenate([t] * n)
-        outs = jnp.split(apply(*copies, stacked).astype(jnp.float32), n)
+        out, v = apply(*copies, stacked).astype(jnp.float32), None
+        if learned_variance:
+            out, v = jnp.split(out, 2, axis=-1)
+            v = jnp.split(v, n)[-1]
+        if n == 1:
+            return out, v
+        outs = jnp.split(out, n)
         out = guide(outs, [scale(t) if callable(scale) else scale for scale in scales])
         if guidance_rescale is not None:
             out = rescale(out, outs[-1], guidance_rescale)
-        return out
+        return out, v
 
-    def denoise(z_t, t):
+    def predicted(z_t, t):
         t = jnp.asarray(t)
         whole = jnp.issubdtype(t.dtype, jnp.integer)
         t = t.astype(jnp.int32 if whole else jnp.float32)
         t = jnp.broadcast_to(t, z_t.shape[:1])
-        x0_hat, eps_hat = predict(parameterization, schedule, raw(z_t, t), z_t, t)
+        out, v = raw(z_t, t)
+        x0_hat, eps_hat = predict(parameterization, schedule, out, z_t, t)
         if score is None and constrain is None:
-            return x0_hat, eps_hat
+            return x0_hat, eps_hat, v
         alpha, sigma = levels(schedule, t, z_t)
         if score is not None:
             eps_hat -= sigma * score(z_t, t)  # Dhariwal & Nichol 2021, algorithm 2
@@ -191,6 +225,8 @@ def make_denoiser(
         if constrain is not None:
             x0_hat = constrain(x0_hat)
             eps_hat = (z_t - alpha * x0_hat) / sigma
-        return x0_hat, eps_hat
+        return x0_hat, eps_hat, v
 
-    return denoise
+    if learned_variance:
+        return WithVariance(predicted)
+    return lambda z_t, t: predicted(z_t, t)[:2]

@@ -59,10 +59,9 @@ def inpainter(
 
     def blended(z_t, t):
         t = jnp.broadcast_to(jnp.asarray(t), z_t.shape[:1])
-        noised = denoiser.q_sample(schedule, known, t, draw(t))
-        return denoise(paste(z_t, noised, mask), t)
+        return paste(z_t, denoiser.q_sample(schedule, known, t, draw(t)), mask)
 
-    return blended
+    return denoiser.seeing(denoise, blended)
 
 
 def paste(z: jax.Array, known: jax.Array, mask: jax.Array) -> jax.Array:

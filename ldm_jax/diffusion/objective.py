@@ -8,6 +8,7 @@ import numpy as np
 
 from ldm_jax.config import UserError
 from ldm_jax.diffusion import denoiser, schedules
+from ldm_jax.diffusion import learned_variance as variance
 
 LOSS_TYPES = ("l2", "l1")
 TIMESTEP_SAMPLING = ("uniform", "logit_normal")
@@ -22,28 +23,6 @@ def check_loss_type(loss_type: str) -> None:
         raise UserError(
             f"loss.loss_type: {loss_type!r}; choose one of {', '.join(LOSS_TYPES)}"
         )
-
-
-def simple_loss(
-    apply: denoiser.Apply,
-    schedule: schedules.Schedule,
-    z: jax.Array,
-    cond: Any,
-    t: jax.Array,
-    eps: jax.Array,
-    *,
-    parameterization: str,
-    loss_type: str,
-) -> jax.Array:
-    """Each example's mean error in the net's own parameterization, float32 [b].
-
-    `z` and `eps` are [b, …], `t` int32 [b]. `l2` is the squared error (Ho et al. 2020,
-    eq. 14), `l1` the absolute one.
-    """
-    check_loss_type(loss_type)
-    target = denoiser.target(parameterization, schedule, z, t, eps)
-    out = apply(denoiser.q_sample(schedule, z, t, eps), t, cond)
-    return mean_error(out.astype(jnp.float32) - target, loss_type)
 
 
 def mean_error(difference: jax.Array, loss_type: str) -> jax.Array:
@@ -133,16 +112,24 @@ def diffusion_loss(
     t: jax.Array | None = None,
     eps: jax.Array | None = None,
     mask: jax.Array | None = None,
+    learned_variance: bool = False,
+    variance_weight: float = 1e-3,
 ) -> tuple[jax.Array, Metrics]:
     """The loss [] of latents `z` [b, …], and metrics as (sum, count) pairs.
 
+    `apply(z_t, t, cond)` predicts in the net's own parameterization; `simple` is its
+    mean error, squared (`l2`, Ho et al. 2020, eq. 14) or absolute (`l1`).
     An example's loss is l_simple_weight (simple / exp(logvar[t]) + logvar[t])
     + original_elbo_weight lvlb_weights[t] simple; `logvar` [T] is zero where None.
     `min_snr_gamma` multiplies the first term by `min_snr_weights`.
+    With `learned_variance` the second half of the net's channels is v, and
+    variance_weight T `learned_variance.bound_terms` is added (Nichol & Dhariwal 2021,
+    eq. 16; T times a drawn term stands for the sum over all).
     `t` int32 [b] and `eps` are drawn from `key`, see `draw_timesteps` and `draw_noise`,
     unless given. `mask` [b] is 0 on the rows that pad the batch; the rest are averaged.
 
-    Metrics: loss, loss_simple, loss_vlb, and the loss by quartile of the timesteps,
+    Metrics: loss, loss_simple, loss_vlb, loss_variance where v is learned (bits per
+    dimension), and the loss by quartile of the timesteps,
     loss_q0 (least noise) … loss_q3. Sums and counts of the quartiles add up to those of
     the loss, so pooling them over batches and hosts is exact.
     """
@@ -155,16 +142,13 @@ def diffusion_loss(
     if eps is None:
         eps = draw_noise(eps_key, z, offset_noise)
 
-    simple = simple_loss(
-        apply,
-        schedule,
-        z,
-        cond,
-        t,
-        eps,
-        parameterization=parameterization,
-        loss_type=loss_type,
-    )
+    check_loss_type(loss_type)
+    z_t = denoiser.q_sample(schedule, z, t, eps)
+    out, v = apply(z_t, t, cond).astype(jnp.float32), None
+    if learned_variance:
+        out, v = variance.split(out)
+    target = denoiser.target(parameterization, schedule, z, t, eps)
+    simple = mean_error(out - target, loss_type)
     weights = schedules.lvlb_weights(schedule, parameterization)
     vlb = jnp.asarray(weights, jnp.float32)[t] * simple
     weighted = simple
@@ -174,7 +158,12 @@ def diffusion_loss(
     if logvar is not None:
         weighted = weighted / jnp.exp(logvar[t]) + logvar[t]
     loss = l_simple_weight * weighted + original_elbo_weight * vlb
-    values = {"loss": loss, "loss_simple": simple, "loss_vlb": vlb}
+    values = {"loss_simple": simple, "loss_vlb": vlb}
+    if v is not None:
+        given = (parameterization, out, v, z, z_t, t)
+        values["loss_variance"] = variance.bound_terms(schedule, *given)
+        loss += variance_weight * steps * values["loss_variance"]
+    values["loss"] = loss
     return pooled(values, "loss", t * QUARTILES // steps, mask)
 
 

@@ -23,15 +23,24 @@ from ldm_jax.diffusion import (
 )
 
 
-def _noisy_steps(denoise, z, columns, key, temperature, noise, start, trajectory):
-    """Steps of signal x0_hat + direction eps_hat + spread noise; columns [S] each."""
+def _noisy_steps(
+    denoise, z, columns, key, temperature, noise, start, trajectory, widest=None
+):
+    """Steps of signal x0_hat + direction eps_hat + spread noise; columns [S] each.
+
+    `widest` [S] is how many times the spread there is where a learned v is 1.
+    """
     t, signal, direction, spread = columns
     keys = stepping.per_example_keys(key, z)
     stochastic = bool(np.any(spread > 0))  # else no random bits are drawn at all
 
     def step(state, inputs):
-        (z_t,), (i, (t, (signal, direction, spread), eps)) = state, inputs
-        x0_hat, eps_hat = denoise(z_t, stepping.full(z_t, t))
+        (z_t,), (i, (t, (signal, direction, spread, *wide), eps)) = state, inputs
+        if widest is None:
+            x0_hat, eps_hat = denoise(z_t, stepping.full(z_t, t))
+        else:
+            x0_hat, eps_hat, v = denoise.predict(z_t, stepping.full(z_t, t))
+            spread *= wide[0] ** ((v + 1) / 2)
         # Eq. 12: sqrt(alpha_prev) "predicted x0" + "direction pointing to x_t" + noise
         z_prev = signal * x0_hat + direction * eps_hat
         if stochastic:
@@ -39,7 +48,8 @@ def _noisy_steps(denoise, z, columns, key, temperature, noise, start, trajectory
             z_prev += spread * temperature * eps
         return (z_prev,), x0_hat
 
-    coefficients = stepping.table(z, signal, direction, spread)
+    wide = () if widest is None else (widest,)
+    coefficients = stepping.table(z, signal, direction, spread, *wide)
     rows = (stepping.times(z, t), coefficients, noise)
     return stepping.scan(step, (z,), rows, start, trajectory)
 
@@ -102,15 +112,21 @@ def ddpm(
     """Ancestral sampling (Ho et al. 2020, algorithm 2); arguments as of `ddim`.
 
     Its mean is that of q(z_prev | z_t, x0_hat); its variance lies between the bounds
-    of theirs as the schedule's `v_posterior` says. No noise is added at a clean end.
+    of theirs as the schedule's `v_posterior` says, or as the net does where it has
+    learned that. No noise is added at a clean end.
     """
     alpha, sigma = grid.alpha[1:], grid.sigma[1:]
     v = getattr(grid.schedule, "v_posterior", 0.0)
     lower = sigma**2 * (1 - grid.shrink**2)
     upper = grid.sigma[:-1] ** 2 - (grid.alpha[:-1] / alpha * sigma) ** 2
+    widest = None
+    if isinstance(denoise, denoiser.WithVariance):
+        v, widest = 0.0, np.sqrt(np.where(sigma > 0, upper, 1))
+        widest /= np.sqrt(np.where(sigma > 0, lower, 1))
     spread = np.where(sigma > 0, np.sqrt((1 - v) * lower + v * upper), 0)
     columns = (grid.t[:-1], alpha, sigma * grid.shrink, spread)
-    return _noisy_steps(denoise, z, columns, key, temperature, noise, start, trajectory)
+    given = (key, temperature, noise, start, trajectory)
+    return _noisy_steps(denoise, z, columns, *given, widest)
 
 
 @dataclasses.dataclass(frozen=True)

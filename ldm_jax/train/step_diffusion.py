@@ -88,6 +88,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
             parameterization=model.parameterization,
             logvar=params.get("logvar"),
             mask=batch.get("_mask"),
+            learned_variance=model.learned_variance,
             **settings,
         )
 
