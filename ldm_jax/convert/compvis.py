@@ -78,7 +78,7 @@ def unet_rules(net: unet.UNet, shapes: Mapping[str, tuple]) -> Iterator[plans.Ru
             yield plans.Rule(path, "label_emb.weight", plans.AS_IS)
             continue
         layout = plans.plain_layout(path, len(shape))
-        if re.search(r"(proj_in|proj_out|qkv)/kernel$", path):
+        if re.search(r"(proj_in|proj_out|qkv|encoder_kv)/kernel$", path):
             if not net.use_spatial_transformer:
                 layout = plans.POINTWISE_1D
             elif not net.use_linear_in_transformer:

@@ -49,7 +49,11 @@ _OLD = {
 }
 # Widths of the vectors that SDXL and its refiner take: pooled text and sizes.
 SDXL_WIDTHS = (2816, 2560)
-_PACKED = r"(.*\battentions\.\d+)\.to_([qkv])\.(weight|bias)"
+# What attention without a transformer around it has in one array in CompVis' layout.
+_JOINED = {
+    "qkv": ("to_q", "to_k", "to_v"),
+    "encoder_kv": ("add_k_proj", "add_v_proj"),
+}
 
 
 class Names:
@@ -232,18 +236,21 @@ def modern(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pack(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Joins q, k and v of attention without context into `qkv` [3c, c, 1]."""
+    """Joins what CompVis has in one array, such as `qkv` [3c, c, 1] (see _JOINED)."""
     packed = dict(state)
     for key in state:
-        match = re.fullmatch(_PACKED, key)
-        if match is None or match[2] != "q":
+        match = re.fullmatch(r"(.*\battentions\.\d+)\.(to_q|add_k_proj)\.(\w+)", key)
+        if match is None:
             continue
-        keys = [f"{match[1]}.to_{x}.{match[3]}" for x in "qkv"]
+        block, first, leaf = match.groups()
+        name, parts = next((n, p) for n, p in _JOINED.items() if p[0] == first)
+        keys = [f"{block}.{part}.{leaf}" for part in parts]
         if not all(k in state for k in keys):
             continue
         joined = np.concatenate([packed.pop(k) for k in keys])
-        name = f"{match[1]}.qkv.{match[3]}"
-        packed[name] = joined[..., None] if joined.ndim == 2 else joined
+        packed[f"{block}.{name}.{leaf}"] = (
+            joined[..., None] if joined.ndim == 2 else joined
+        )
     return packed
 
 
@@ -251,13 +258,13 @@ def unpack(state: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `pack`."""
     apart = {}
     for key, value in state.items():
-        match = re.fullmatch(r"(.*\battentions\.\d+)\.qkv\.(weight|bias)", key)
-        if match is None:
+        match = re.fullmatch(r"(.*\battentions\.\d+)\.(\w+)\.(weight|bias)", key)
+        if match is None or match[2] not in _JOINED:
             apart[key] = value
             continue
-        value = value[..., 0] if value.ndim == 3 else value
-        for x, part in zip("qkv", np.split(value, 3), strict=True):
-            apart[f"{match[1]}.to_{x}.{match[2]}"] = part
+        value, parts = value[..., 0] if value.ndim == 3 else value, _JOINED[match[2]]
+        for name, part in zip(parts, np.split(value, len(parts)), strict=True):
+            apart[f"{match[1]}.{name}.{match[3]}"] = part
     return apart
 
 
@@ -268,24 +275,29 @@ def unet_rules(
     names = unet_names_of(net, shapes)
     for rule in compvis.unet_rules(net, shapes):
         layout = rule.layout
-        if "/qkv/" in rule.path and not net.use_new_attention_order:
-            width, upward = shapes[rule.path][-1] // 3, rule.path.startswith("up")
-            layout = _by_heads(layout, net.heads_of(width, upward)[0])
+        joined = re.search(r"/(qkv|encoder_kv)/", rule.path)
+        if joined and not net.use_new_attention_order:
+            parts = len(_JOINED[joined[1]])
+            width, upward = shapes[rule.path][-1] // parts, rule.path.startswith("up")
+            layout = _by_heads(layout, net.heads_of(width, upward)[0], parts)
         if re.search(r"to_out\.0\.weight$", names.to_diffusers(rule.key)):
             layout = plans.LINEAR
         yield rule._replace(key=names.to_diffusers(rule.key), layout=layout)
 
 
-def _by_heads(layout: plans.Layout, heads: int) -> plans.Layout:
-    """(q k v, head, dim) there, (head, q k v, dim) here, on the last axis here."""
+def _by_heads(layout: plans.Layout, heads: int, parts: int) -> plans.Layout:
+    """(q k v, head, dim) there, (head, q k v, dim) here, on the last axis here.
+
+    `parts` are 3, or 2 of keys and values alone.
+    """
 
     def swap(a, first, second):
         split = a.reshape(*a.shape[:-1], first, second, -1)
         return np.swapaxes(split, -2, -3).reshape(a.shape)
 
     return plans.Layout(
-        lambda a: swap(layout.to_flax(a), 3, heads),
-        lambda a: layout.to_torch(swap(a, heads, 3)),
+        lambda a: swap(layout.to_flax(a), parts, heads),
+        lambda a: layout.to_torch(swap(a, heads, parts)),
     )
 
 

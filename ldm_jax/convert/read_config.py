@@ -93,6 +93,8 @@ def originals(kind: str, config: Config, shapes: Shapes) -> dict[str, Any]:
         levels = len(config.get("block_out_channels", (0,) * 4))
         only = only if isinstance(only, list | tuple) else [only] * levels
         found["disable_self_attentions"] = tuple(only)
+    if config.get("class_embed_type") == "identity":
+        found["num_classes"] = "added"
     if any(".transformer_blocks." in key for key in shapes):
         return found | _diffusers_heads(config)
     # In models without context this is channels a head; None is one head.

@@ -214,7 +214,7 @@ def _transformers(shapes: Shapes) -> dict[str, Any]:
         if match:
             found.setdefault(match[1], {})[int(match[2])] = shape
     if not found:
-        return {}
+        return _added_kv(shapes)
     trunk = _trunk(shapes)
     depths = trunk["num_res_blocks"]
     count = len(trunk["channel_mult"])
@@ -245,6 +245,14 @@ def _transformers(shapes: Shapes) -> dict[str, Any]:
     if _sees_context_only(shapes, "middle_block.1"):
         options["disable_middle_self_attn"] = True
     return options
+
+
+def _added_kv(shapes: Shapes) -> dict[str, Any]:
+    """Options of attention whose keys and values the context joins, if it is such."""
+    for key, shape in shapes.items():
+        if key.endswith(".encoder_kv.weight"):
+            return {"added_kv": True, "context_dim": shape[1]}
+    return {}
 
 
 def _sees_context_only(shapes: Shapes, name: str) -> bool:

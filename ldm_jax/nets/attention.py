@@ -150,7 +150,8 @@ class AttentionBlock(nn.Module):
     """Self-attention over the positions of an image [b, *spatial, c], residual.
 
     The features of `qkv` are ordered (q k v, head, dim) where `new_order`, else
-    (head, q k v, dim).
+    (head, q k v, dim). With a context [b, s, d] its keys and values come before the
+    image's own (GLIDE); `mask` [b, s] is True where it may be attended to.
     """
 
     heads: int
@@ -158,13 +159,29 @@ class AttentionBlock(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        context: jax.Array | None = None,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
         b, *space, c = x.shape
         h = layers.GroupNorm(dtype=self.dtype, name="norm")(x).reshape(b, -1, c)
-        qkv = layers.Dense(3 * c, dtype=self.dtype, name="qkv")(h)
-        order = "(i k e)" if self.new_order else "(k i e)"
-        q, k, v = einops.rearrange(qkv, f"b n {order} -> i b n k e", i=3, k=self.heads)
-        h = attend(q, k, v, (c // self.heads) ** -0.5).reshape(b, -1, c)
+
+        def project(tokens, parts, name):
+            out = layers.Dense(parts * c, dtype=self.dtype, name=name)(tokens)
+            order = "(i k e)" if self.new_order else "(k i e)"
+            order = f"b n {order} -> i b n k e"
+            return einops.rearrange(out, order, i=parts, k=self.heads)
+
+        q, k, v = project(h, 3, "qkv")
+        if context is not None:
+            more = project(context, 2, "encoder_kv")
+            k, v = (jnp.concatenate(pair, 1) for pair in zip(more, (k, v), strict=True))
+        if mask is not None:
+            mask = jnp.pad(mask, ((0, 0), (0, h.shape[1])), constant_values=True)
+            mask = mask[:, None, None]
+        h = attend(q, k, v, (c // self.heads) ** -0.5, mask).reshape(b, -1, c)
         h = layers.Dense(c, zero_init=True, dtype=self.dtype, name="proj_out")(h)
         return x + h.reshape(b, *space, c)
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nets import attention, layers, unet
+from ldm_jax.nets import attention, layers, res_block
 
 POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
 _HIDDEN = 2048  # width of the spatial heads
@@ -88,7 +88,7 @@ class EncoderUNet(nn.Module):
         last = len(self.channel_mult) - 1
 
         def res(h, level, name, resample=None):
-            return unet.ResBlock(
+            return res_block.ResBlock(
                 self.channel_mult[level] * self.model_channels,
                 self.dropout,
                 self.use_scale_shift_norm,

@@ -10,50 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from ldm_jax.nets import attention, layers
+from ldm_jax.nets import attention, clip_projections, layers
+from ldm_jax.nets.res_block import ResBlock
 
 
-class ResBlock(nn.Module):
-    """Two 3x3 convolutions told of the timestep by `emb` [b, 4·model_channels].
-
-    `resample` "down" or "up" changes the size between the first activation and
-    convolution (and on the skip). The second convolution starts at zero.
-    """
-
-    features: int
-    dropout: float = 0.0
-    use_scale_shift_norm: bool = False
-    resample: str | None = None
-    dims: int = 2
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, emb: jax.Array, deterministic: bool) -> jax.Array:
-        def conv(name, **kwargs):
-            return layers.Conv(
-                self.features, dims=self.dims, dtype=self.dtype, name=name, **kwargs
-            )
-
-        h = nn.silu(layers.GroupNorm(dtype=self.dtype, name="norm1")(x))
-        if self.resample is not None:
-            resamplers = {"down": layers.avg_pool, "up": layers.upsample_nearest}
-            resample = resamplers[self.resample]
-            h, x = resample(h, self.dims), resample(x, self.dims)
-        h = conv("conv1")(h)
-        width = self.features * (2 if self.use_scale_shift_norm else 1)
-        emb = layers.Dense(width, dtype=self.dtype, name="emb_proj")(nn.silu(emb))
-        emb = jnp.expand_dims(emb, tuple(range(1, self.dims + 1)))
-        norm2 = layers.GroupNorm(dtype=self.dtype, name="norm2")
-        if self.use_scale_shift_norm:
-            scale, shift = jnp.split(emb, 2, axis=-1)
-            h = norm2(h) * (1 + scale) + shift
-        else:
-            h = norm2(h + emb)
-        h = nn.Dropout(self.dropout)(nn.silu(h), deterministic=deterministic)
-        h = conv("conv2", zero_init=True)(h)
-        if x.shape[-1] != self.features:
-            x = conv("skip", kernel_size=1)(x)
-        return x + h
+LABELS = ("continuous", "sequential", "timestep", "added", "clip")
 
 
 class UNet(nn.Module):
@@ -62,7 +23,11 @@ class UNet(nn.Module):
     Ints in `num_res_blocks` and `transformer_depth` hold for every level. Heads come
     from `num_head_channels` where given, else from `num_heads`. `num_classes` says what
     `y` is: a class id (int), a scalar [b, 1] ("continuous"), a vector [b,
-    adm_in_channels] ("sequential"), or a scalar [b] for a sinusoid ("timestep").
+    adm_in_channels] ("sequential"), a scalar [b] for a sinusoid ("timestep"), a vector
+    [b, 4·model_channels] that joins the timestep's as it is ("added"), or CLIP's
+    vectors of text and picture [b, adm_in_channels] ("clip": see clip_projections.py).
+    With `added_kv` attention has no transformer around it, and the context joins its
+    keys and values, as in GLIDE; where a token of it is zeros there is none.
     `n_embed` makes it predict logits of codebook ids. `use_linear_in_transformer` and
     `legacy` name the layout of checkpoints; both change nothing for usual widths.
     """
@@ -76,7 +41,7 @@ class UNet(nn.Module):
     channel_mult: Sequence[int] = (1, 2, 4, 8)
     conv_resample: bool = True
     dims: int = 2
-    num_classes: int | str | None = None  # int | continuous | sequential | timestep
+    num_classes: int | str | None = None  # or one of LABELS
     adm_in_channels: int | None = None
     num_heads: int | None = None
     num_head_channels: int | None = None
@@ -85,6 +50,7 @@ class UNet(nn.Module):
     resblock_updown: bool = False
     use_new_attention_order: bool = False
     use_spatial_transformer: bool = False
+    added_kv: bool = False
     transformer_depth: int | Sequence[int] = 1
     context_dim: int | Sequence[int] | None = None
     sequential_crossattn: bool = False  # context is a list, one array a block
@@ -110,11 +76,22 @@ class UNet(nn.Module):
     ) -> jax.Array:
         """z_t [b, h, w, in_channels], t [b] -> [b, h, w, out_channels] in `dtype`.
 
-        `context` [b, s, context_dim] must be given iff `use_spatial_transformer`, `y`
-        iff `num_classes`; ValueError otherwise. t may be fractional.
+        `context` [b, s, context_dim] must be given iff `use_spatial_transformer` or
+        `added_kv`, `y` iff `num_classes`; ValueError otherwise. t may be fractional.
         """
         self._check(x, context, y)
         emb = self._embed(t, y)
+        mask = None
+        if self.added_kv:
+            mask = jnp.any(context != 0, axis=-1)
+        if self.num_classes == "clip":
+            clip = clip_projections.ClipProjections(
+                self.context_dim, emb.shape[-1], dtype=self.dtype, name="clip"
+            )
+            context, vector = clip(context, y)
+            mask = jnp.pad(mask, ((0, 0), (clip.tokens, 0)), constant_values=True)
+            emb += vector
+        context = context if mask is None else (context, mask)
         depths = self.res_blocks_of_levels()
         last = len(self.channel_mult) - 1
 
@@ -178,14 +155,25 @@ class UNet(nn.Module):
         }
         if self.sequential_crossattn:
             inputs["context"] = [floats(1, 1, dim) for dim in self._context_dims()]
-        elif self.use_spatial_transformer:
-            inputs["context"] = floats(1, 1, self.context_dim)
+        elif self.use_spatial_transformer or self.added_kv:
+            inputs["context"] = floats(1, 1, self._width_of_context())
         if isinstance(self.num_classes, int):
             inputs["y"] = jax.ShapeDtypeStruct((1,), jnp.int32)
         elif self.num_classes is not None:
-            width = {"continuous": (1,), "sequential": (self.adm_in_channels,)}
+            width = {
+                "continuous": (1,),
+                "sequential": (self.adm_in_channels,),
+                "clip": (self.adm_in_channels,),
+                "added": (4 * self.model_channels,),
+            }
             inputs["y"] = floats(1, *width.get(self.num_classes, ()))
         return inputs
+
+    def _width_of_context(self) -> int:
+        """What is given; with "clip" that is projected to `context_dim`."""
+        if self.num_classes == "clip":
+            return self.adm_in_channels // 2
+        return self.context_dim
 
     def _of_levels(self, field: str) -> tuple[int, ...]:
         value, levels = getattr(self, field), len(self.channel_mult)
@@ -219,13 +207,13 @@ class UNet(nn.Module):
             raise ValueError(
                 f"{has} was given, but num_classes={self.num_classes!r} {needs}"
             )
-        if (context is None) == self.use_spatial_transformer:
+        if (context is None) == (self.use_spatial_transformer or self.added_kv):
             has, needs = ("no context", "needs one")
             if context is not None:
                 has, needs = ("context", "takes none")
             raise ValueError(
                 f"{has} was given, but use_spatial_transformer="
-                f"{self.use_spatial_transformer} {needs}"
+                f"{self.use_spatial_transformer}, added_kv={self.added_kv} {needs}"
             )
         if context is not None:
             self._check_context(context)
@@ -238,7 +226,7 @@ class UNet(nn.Module):
                 f" sequential_crossattn={self.sequential_crossattn}"
             )
         widths = tuple(c.shape[-1] for c in context) if many else context.shape[-1]
-        wanted = self._context_dims() if many else self.context_dim
+        wanted = self._context_dims() if many else self._width_of_context()
         if widths != wanted:
             raise ValueError(f"context has width {widths}, but context_dim is {wanted}")
 
@@ -251,8 +239,10 @@ class UNet(nn.Module):
             return layers.Dense(width, name=f"{name}_1")(h)
 
         emb = mlp(layers.timestep_embedding(t, self.model_channels), "time_embed")
-        if self.num_classes is None:
+        if self.num_classes in (None, "clip"):
             return emb
+        if self.num_classes == "added":
+            return emb + y.astype(jnp.float32)
         if isinstance(self.num_classes, int):
             shape = (self.num_classes, width)
             table = self.param("label_embed", nn.initializers.normal(1.0), shape)
@@ -264,7 +254,7 @@ class UNet(nn.Module):
         elif self.num_classes != "sequential":
             raise ValueError(
                 f"num_classes {self.num_classes!r}; choose an int, or one of"
-                " continuous, sequential, timestep"
+                f" {', '.join(LABELS)}"
             )
         elif y.shape[-1] != self.adm_in_channels:
             raise ValueError(
@@ -311,7 +301,8 @@ class UNet(nn.Module):
             if self.remat:
                 block = nn.remat(block)
             order = self.use_new_attention_order
-            return block(heads, order, self.dtype, name=name)(h)
+            given = context if self.added_kv else ()
+            return block(heads, order, self.dtype, name=name)(h, *given)
         if middle:
             disabled = self.disable_middle_self_attn
         else:
@@ -371,6 +362,14 @@ _SD2 = _SD1 | dict(
     num_head_channels=64,
     context_dim=1024,
     use_linear_in_transformer=True,
+)
+_KARLO = dict(
+    model_channels=320,
+    channel_mult=(1, 2, 3, 4),
+    num_res_blocks=3,
+    num_head_channels=64,
+    use_scale_shift_norm=True,
+    resblock_updown=True,
 )
 _UNCLIP = _SD2 | dict(num_classes="sequential")
 
@@ -451,6 +450,23 @@ VARIANTS = {
     "sd2_depth": _SD2 | dict(in_channels=5),
     "unclip_h": _UNCLIP | dict(adm_in_channels=2048),
     "unclip_l": _UNCLIP | dict(adm_in_channels=1536),
+    "karlo_decoder": _KARLO
+    | dict(
+        in_channels=3,
+        out_channels=6,  # the variance too
+        attention_resolutions=(2, 4, 8),
+        added_kv=True,
+        context_dim=1536,
+        num_classes="clip",
+        adm_in_channels=2 * 768,
+    ),
+    "karlo_sr": _KARLO
+    | dict(
+        in_channels=6,
+        out_channels=3,
+        attention_resolutions=(),
+        disable_middle_transformer=True,
+    ),
     "x4_upscaler": _SD2
     | dict(
         in_channels=7,

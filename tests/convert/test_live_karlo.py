@@ -1,0 +1,181 @@
+"""Karlo's nets as diffusers has them: the same outputs, there and back (extra: parity)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ldm_jax.convert import networks
+from ldm_jax.nets import clip_projections, unet
+
+torch = pytest.importorskip("torch", reason="pip install -e '.[test,parity]'")
+diffusers = pytest.importorskip("diffusers", reason="pip install -e '.[test,parity]'")
+
+ATOL = 5e-5
+
+
+def randomized(module, seed=0):
+    """Weights of about the size that trained ones have, none of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            scale = 0.3 if p.ndim < 2 else p[0].numel() ** -0.5
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+    return module.eval()
+
+
+def state_of(module):
+    return {k: v.numpy() for k, v in module.state_dict().items()}
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    """Karlo's decoder, small: attention at the two lower levels of three."""
+    return randomized(
+        diffusers.UNet2DConditionModel(
+            sample_size=16,
+            in_channels=3,
+            out_channels=6,
+            down_block_types=(
+                "ResnetDownsampleBlock2D",
+                "SimpleCrossAttnDownBlock2D",
+                "SimpleCrossAttnDownBlock2D",
+            ),
+            mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+            up_block_types=(
+                "SimpleCrossAttnUpBlock2D",
+                "SimpleCrossAttnUpBlock2D",
+                "ResnetUpsampleBlock2D",
+            ),
+            block_out_channels=(32, 64, 96),
+            layers_per_block=1,
+            cross_attention_dim=24,
+            attention_head_dim=16,
+            class_embed_type="identity",
+            resnet_time_scale_shift="scale_shift",
+            only_cross_attention=False,
+        )
+    )
+
+
+def test_decoder_is_diffusers_s(decoder):
+    state = state_of(decoder)
+    net, variables = networks.import_network(state, dict(decoder.config))
+    assert net.added_kv and net.num_classes == "added" and net.resblock_updown
+    assert (net.attention_resolutions, net.context_dim) == ((2, 4), 24)
+    assert (net.in_channels, net.out_channels, net.num_head_channels) == (3, 6, 16)
+    rng = np.random.default_rng(0)
+    x, context, y = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((2, 16, 16, 3), (2, 7, 24), (2, 128))
+    )
+    t, there = np.array([3, 700]), np.ones((2, 7), bool)
+    there[1, 4:] = False
+    with torch.no_grad():
+        expected = decoder(
+            torch.from_numpy(np.moveaxis(x, -1, 1).copy()),
+            torch.from_numpy(t),
+            torch.from_numpy(context),
+            class_labels=torch.from_numpy(y),
+            attention_mask=torch.from_numpy(there),
+        ).sample
+    expected = np.moveaxis(expected.numpy(), 1, -1)
+    context[~there] = 0  # no token: to diffusers the mask says so
+    out = jax.jit(net.apply)(variables, x, jnp.asarray(t), context, y)
+    np.testing.assert_allclose(out, expected, atol=ATOL)
+    assert expected.std() > 0.1
+    back = networks.export_network(net, variables, "diffusers")
+    assert back.keys() == state.keys()
+    for key, value in state.items():
+        np.testing.assert_array_equal(back[key], value)
+    # As GLIDE has it: one array for keys and values, q k v within a head.
+    compvis = networks.export_network(net, variables, "compvis")
+    assert compvis["middle_block.1.encoder_kv.weight"].shape == (192, 24, 1)
+    again, same = networks.import_network(
+        compvis,
+        dict(num_head_channels=16, num_classes="added", use_new_attention_order=True),
+    )
+    assert again == net.clone(legacy=again.legacy)
+    jax.tree.map(np.testing.assert_array_equal, same, variables)
+
+
+def test_projections_are_diffusers_s():
+    """Of CLIP's embeddings; a picture of zeros is the learned one."""
+    from diffusers.pipelines.deprecated.unclip import text_proj
+
+    module = randomized(
+        text_proj.UnCLIPTextProjModel(
+            clip_embeddings_dim=12, time_embed_dim=20, cross_attention_dim=24
+        )
+    )
+    names = {
+        "text_vector": "embedding_proj",
+        "picture_vector": "clip_image_embeddings_project_to_time_embeddings",
+        "picture_tokens": "clip_extra_context_tokens_proj",
+        "text_tokens": "encoder_hidden_states_proj",
+    }
+    state = state_of(module)
+    params = {
+        ours: {"kernel": state[f"{theirs}.weight"].T, "bias": state[f"{theirs}.bias"]}
+        for ours, theirs in names.items()
+    }
+    params["null"] = state["learned_classifier_free_guidance_embeddings"]
+    norm = "text_encoder_hidden_states_norm"
+    params["norm"] = {"scale": state[f"{norm}.weight"], "bias": state[f"{norm}.bias"]}
+    rng = np.random.default_rng(0)
+    text, picture = rng.normal(size=(2, 1, 12)).astype(np.float32)
+    tokens = rng.normal(size=(1, 5, 12)).astype(np.float32)
+    with torch.no_grad():
+        expected = module(
+            image_embeddings=torch.from_numpy(picture),
+            prompt_embeds=torch.from_numpy(np.concatenate([text, text])),
+            text_encoder_hidden_states=torch.from_numpy(
+                np.concatenate([tokens, tokens])
+            ),
+            do_classifier_free_guidance=True,
+        )
+    pictures = np.concatenate([np.zeros_like(picture), picture])
+    y = np.concatenate([np.concatenate([text, text]), pictures], axis=-1)
+    net = clip_projections.ClipProjections(context_dim=24, width=20)
+    ours = net.apply({"params": params}, np.concatenate([tokens, tokens]), y)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=ATOL)
+
+
+def test_upscaler_is_diffusers_s():
+    """Karlo's second model has no attention at all."""
+    module = randomized(
+        diffusers.UNet2DModel(
+            sample_size=16,
+            in_channels=6,
+            out_channels=3,
+            down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2,
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            add_attention=False,
+            resnet_time_scale_shift="scale_shift",
+            norm_eps=1e-5,
+            freq_shift=0,
+            flip_sin_to_cos=True,
+        )
+    )
+    net, variables = networks.import_network(state_of(module), dict(module.config))
+    assert net.disable_middle_transformer and net.resblock_updown
+    x = np.random.default_rng(0).normal(size=(2, 16, 16, 6)).astype(np.float32)
+    t = np.array([3, 700])
+    with torch.no_grad():
+        x_torch = torch.from_numpy(np.moveaxis(x, -1, 1).copy())
+        expected = module(x_torch, torch.from_numpy(t)).sample
+    out = jax.jit(net.apply)(variables, x, jnp.asarray(t))
+    np.testing.assert_allclose(out, np.moveaxis(expected.numpy(), 1, -1), atol=ATOL)
+
+
+def test_presets_are_of_karlo_s_size():
+    """893M and 730M; its upscaler is two of the latter (1.4B)."""
+    from ldm_jax.convert import plans
+
+    for variant, millions in (("karlo_decoder", 893.32), ("karlo_sr", 729.70)):
+        net = unet.UNet(**unet.VARIANTS[variant])
+        shapes = plans.abstract_params(net, **net.abstract_inputs())
+        assert sum(map(np.prod, shapes.values())) / 1e6 == pytest.approx(millions, 1e-4)
