@@ -25,12 +25,37 @@ def openmoji() -> ConfigDict:
     return config
 
 
+def learned_variance() -> ConfigDict:
+    """As Karlo's decoder, small: the variance is learned, attention is GLIDE's."""
+    config = openmoji()
+    config.diffusion.update(dict(schedule="squaredcos_cap_v2", parameterization="eps"))
+    config.unet = defaults.emoji_unet(channels=3)
+    config.unet.update(
+        dict(
+            out_channels=6,
+            model_channels=32,
+            channel_mult=(1, 2, 4),
+            attention_resolutions=(4,),
+            added_kv=True,
+            context_dim=128,
+            use_scale_shift_norm=True,
+            resblock_updown=True,
+        )
+    )
+    config.diffusion_stage.loss.variance_weight = 1e-3
+    return config
+
+
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
     return defaults.debug(openmoji())
 
 
-PRESETS = {"openmoji": openmoji, "debug": debug}
+PRESETS = {
+    "openmoji": openmoji,
+    "learned_variance": learned_variance,
+    "debug": debug,
+}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

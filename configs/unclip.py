@@ -4,7 +4,8 @@
 
 trains on emoji in minutes on 2 CPU cores. Its embedding is the run's own first stage,
 averaged over quarters of the picture, since CLIP's image tower can't be had offline.
-`unclip_h` and `unclip_l` are Stable Diffusion's; they have not been trained here yet.
+`unclip_h` and `unclip_l` are Stable Diffusion's, `karlo_decoder` and `karlo_sr` those
+on pixels; they have not been trained here yet.
 """
 
 from ml_collections import ConfigDict
@@ -56,11 +57,65 @@ def unclip_l() -> ConfigDict:
     return _unclip("unclip_l", "clip_l", "openai/clip-vit-large-patch14")
 
 
+def _karlo(resolution: int) -> ConfigDict:
+    """On pixels, with the cosine schedule."""
+    config = defaults.both_stages()
+    config.stages = ("diffusion",)
+    config.resolution = resolution
+    config.autoencoder = ConfigDict(dict(kind="identity", channels=3))
+    config.diffusion.schedule = "squaredcos_cap_v2"
+    config.diffusion_stage.optim.learning_rate = 1.2e-4
+    return config
+
+
+def karlo_decoder() -> ConfigDict:
+    """Karlo's decoder: 64 pixels from CLIP's embeddings of text and picture, 893.32M.
+
+    It learns the variance too. Its pictures are CLIP's own here; Karlo draws them with
+    a prior, `configs/prior.py:karlo`.
+    """
+    config = _karlo(64)
+    clip_l = "openai/clip-vit-large-patch14"
+    for name in ("text", "pooled"):
+        config.conditioners[name] = defaults.clip_text(clip_l, "clip_l", clip_l)
+    config.conditioners.text.net.zero_padding = True
+    config.conditioners.pooled.slot = "vector"
+    config.conditioners.pooled.net.projection_dim = 768
+    config.conditioners.picture = ConfigDict(
+        dict(
+            kind="clip_image",
+            net=dict(variant="clip_l"),
+            weights=clip_l,
+            max_noise_level=0,
+            dropout=0.1,
+        )
+    )
+    config.unet = ConfigDict(dict(variant="karlo_decoder", remat=True))
+    config.diffusion_stage.loss.variance_weight = 1e-3
+    config.sample.update(dict(steps=25, guidance_scale=8.0))
+    return config
+
+
+def karlo_sr() -> ConfigDict:
+    """Karlo's upscaler, 64 to 256 pixels, 729.70M; Karlo has another for its last step.
+
+    Six steps of one and one of the other are its seven.
+    """
+    config = _karlo(256)
+    config.data.derive.low_res = ConfigDict(dict(factor=4, kind="pil_bicubic"))
+    config.conditioners.low_res = ConfigDict(dict(kind="low_res", enlarge=4))
+    config.unet = ConfigDict(dict(variant="karlo_sr", remat=True))
+    config.sample.steps = 7
+    return config
+
+
 PRESETS = {
     "openmoji": openmoji,
     "debug": debug,
     "unclip_h": unclip_h,
     "unclip_l": unclip_l,
+    "karlo_decoder": karlo_decoder,
+    "karlo_sr": karlo_sr,
 }
 
 

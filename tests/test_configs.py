@@ -95,7 +95,8 @@ def test_every_preset_builds(path, preset, small_tokenizer):
     assert set(second["conditioners"]) == {
         name for name, c in model.conditioners.items() if c.trainable and c.has_params
     }
-    assert second["unet"]["conv_out"]["kernel"].shape[-1] == c
+    channels = second["unet"]["conv_out"]["kernel"].shape[-1]
+    assert channels == (2 * c if model.learned_variance else c)
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,8 @@ def test_txt2img_presets_have_the_published_sizes(
         ("retrieval", "rdm768", 1335.48),
         ("unclip", "unclip_h", 870.17),
         ("unclip", "unclip_l", 869.52),
+        ("unclip", "karlo_decoder", 893.32),
+        ("unclip", "karlo_sr", 729.7),
     ],
 )
 def test_task_presets_have_the_published_sizes(task, preset, unet, small_tokenizer):

@@ -71,18 +71,31 @@ def semantic(
 
 
 def low_res(
-    setting: Setting, *, field: str = "low_res", dropout: float = 0.0
+    setting: Setting, *, field: str = "low_res", dropout: float = 0.0, enlarge: int = 1
 ) -> Conditioner:
-    """A small picture of the latent's size, as it is (bsr_sr, §6.8)."""
-    size = setting.latent_shape[:2]
-    why = f"the latent of {_by(setting.size)} pixels is {_by(size)}"
+    """A small picture of the latent's size, as it is (bsr_sr, §6.8).
+
+    Where it is smaller, by `enlarge`, it is brought to that size by cubic interpolation
+    (Karlo's upscaler in pixels).
+    """
+    h, w = setting.latent_shape[:2]
+    if h % enlarge or w % enlarge:
+        raise UserError(
+            f"conditioners.*.enlarge: {enlarge} does not divide the latent's"
+            f" {_by((h, w))}; choose a divisor"
+        )
+    size = h // enlarge, w // enlarge
+    why = f"the latent of {_by(setting.size)} pixels is {_by((h, w))}"
+    if enlarge > 1:
+        why += f" and enlarge {enlarge}"
 
     def prepare(values: Any) -> np.ndarray:
         return _pictures(field, values, size, why)
 
     def before(x: jax.Array, tools: Tools) -> jax.Array:
         del tools
-        return to_float(x)
+        x = to_float(x)
+        return jax.image.resize(x, (len(x), h, w, 3), "cubic") if enlarge > 1 else x
 
     return Conditioner(
         fields=(field,),
@@ -267,15 +280,18 @@ def clip_image(
 ) -> Conditioner:
     """As `image_embedding`, of a frozen CLIP picture tower (SD-unCLIP itself, §6.5).
 
-    `net` are the tower's options or its `variant`. Where its weights come with the mean
-    and std of embeddings, these are standardised before the noise.
+    With `max_noise_level` 0 it is the embedding alone (Karlo's decoder). `net` are the
+    tower's options or its `variant`. Where its weights come with the mean and std of
+    embeddings, these are standardised before the noise.
     """
     size, tower = setting.size, clip_tower(net)
     schedule = schedules.make_schedule(schedule="squaredcos_cap_v2")
 
     def before(x: jax.Array, tools: Tools) -> tuple[jax.Array, ...]:
-        level = _level(tools, len(x), max_noise_level, noise_level)
         like = jnp.zeros([len(x), tower.projection_dim])
+        if not max_noise_level:
+            return to_float(x), jnp.ones([1, 1]), like, like[:, :0]
+        level = _level(tools, len(x), max_noise_level, noise_level)
         signal, sigma = denoiser.levels(schedule, level, like)
         noise = sigma * _noise(tools, like)
         sinusoids = layers.timestep_embedding(level, tower.projection_dim)

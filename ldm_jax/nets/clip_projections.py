@@ -23,9 +23,7 @@ class ClipProjections(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(
-        self, context: jax.Array, y: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, context: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         text, picture = jnp.split(y.astype(jnp.float32), 2, axis=-1)
         null = self.param("null", nn.initializers.normal(0.02), picture.shape[1:])
         there = jnp.any(picture != 0, axis=-1, keepdims=True)

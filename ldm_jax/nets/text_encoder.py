@@ -127,6 +127,9 @@ class CLIPTextTransformer(_TextEncoder):
     that CLIP shares with pictures, [b, projection_dim], and `normalize` gives it length
     1. Either comes of the last block and the final LayerNorm, whatever `layer` and
     `final_norm` say of the context.
+
+    With `zero_padding` the context is zeros behind the end token, for nets that take
+    such tokens to be none (Karlo's).
     """
 
     heads: int
@@ -135,6 +138,7 @@ class CLIPTextTransformer(_TextEncoder):
     final_norm: bool = True
     projection_dim: int | None = None
     normalize: bool = False
+    zero_padding: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @property
@@ -170,9 +174,10 @@ class CLIPTextTransformer(_TextEncoder):
             x = block(x, causal, deterministic)
         if self.final_norm or self.pooled:
             x = layers.LayerNorm(self.dtype, name="norm_out")(x)
-        if not self.pooled:
-            return x
         end = jnp.argmax(tokens, axis=-1)
+        if not self.pooled:
+            there = jnp.arange(length)[None] <= end[:, None]
+            return jnp.where(there[..., None], x, 0) if self.zero_padding else x
         out = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         if self.projection_dim is not None:
             project = layers.Dense(

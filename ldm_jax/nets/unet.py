@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from ldm_jax.nets import attention, clip_projections, layers
 from ldm_jax.nets.res_block import ResBlock
 
-
 LABELS = ("continuous", "sequential", "timestep", "added", "clip")
 
 

@@ -12,7 +12,7 @@ from ldm_jax import draw, resample
 from ldm_jax.conditioning import conditioners, kinds, neighbours, pictures
 from ldm_jax.conditioning.conditioners import Setting, Tools
 from ldm_jax.config import UserError
-from ldm_jax.nets import embedders, layers
+from ldm_jax.nets import clip_vision, embedders, layers
 from tests import parity, runs
 
 SETTING = Setting((16, 16), (4, 4, 3), runs.tokenizer(), "it")
@@ -377,3 +377,33 @@ def test_wrong_inputs_take_one_line(kind, change, error):
     with pytest.raises(UserError, match=error) as raised:
         conditioner.prepare(*(change[field] for field in conditioner.fields))
     assert "\n" not in str(raised.value)
+
+
+def test_a_smaller_picture_is_enlarged():
+    made = pictures.low_res(SETTING, enlarge=2)
+    x = np.repeat(np.arange(0, 8, 2, dtype=np.uint8)[:, None], 3, 1)[None] * 30
+    small = np.ascontiguousarray(x.reshape(1, 2, 2, 3))
+    wide = made.before(jnp.asarray(made.prepare(small)), conditioners.Tools())
+    assert wide.shape == (1, 4, 4, 3)
+    np.testing.assert_allclose(
+        wide.mean(), pictures.to_float(jnp.asarray(small)).mean(), atol=1e-5
+    )
+    assert wide[0, 0, 0, 0] < wide[0, 0, -1, 0] < wide[0, -1, -1, 0]
+    with pytest.raises(UserError, match="low_res: .* and enlarge 2, so give 2x2"):
+        made.prepare(np.zeros((1, 4, 4, 3), np.uint8))
+    with pytest.raises(UserError, match="enlarge: 3 does not divide the latent's 4x4"):
+        pictures.low_res(SETTING, enlarge=3)
+
+
+def test_a_picture_s_vector_without_noise_is_the_tower_s():
+    made = pictures.clip_image(SETTING, net=TINY_CLIP, max_noise_level=0)
+    table = {"it": made}
+    own_tools = tools(2, table)
+    params = conditioners.init(table, jax.random.key(1), lambda: own_tools)
+    batch = {"it": made.prepare(_columns(2)["image"])}
+    given = conditioners.encode(table, params, batch, tools=own_tools).vector
+    x = pictures.to_float(jnp.asarray(batch["it"]))
+    x = clip_vision.preprocess(x, made.net.tower.image_size)
+    expected = made.net.tower.apply({"params": params["it"]["tower"]}, x).embedding
+    np.testing.assert_allclose(given, expected, atol=1e-5)
+    assert given.shape == (2, 8)

@@ -1,4 +1,4 @@
-"""Karlo's nets as diffusers has them: the same outputs, there and back (extra: parity)."""
+"""Karlo's nets as diffusers has them: the same outputs, there and back."""
 
 import jax
 import jax.numpy as jnp

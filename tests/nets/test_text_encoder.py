@@ -157,3 +157,16 @@ def test_variants_have_the_published_number_of_parameters(name, millions):
     if name.startswith("bert"):  # the original has a layer to_logits that is never used
         count += net.vocab_size * (net.dim + 1)
     assert round(count / 1e6, 2) == millions
+
+
+def test_context_behind_the_end_is_zeros():
+    net = text_encoder.CLIPTextTransformer(
+        vocab_size=20, max_seq_len=6, dim=32, depth=1, heads=2
+    )
+    tokens = np.array([[3, 4, 19, 19, 19, 19], [1, 2, 3, 4, 5, 19]])
+    variables = net.init(jax.random.key(0), tokens)
+    whole = net.apply(variables, tokens)
+    cut = net.clone(zero_padding=True).apply(variables, tokens)
+    there = np.array([[True] * 3 + [False] * 3, [True] * 6])
+    np.testing.assert_array_equal(cut, np.where(there[..., None], whole, 0))
+    assert np.abs(whole[0, 3:]).min() > 0
