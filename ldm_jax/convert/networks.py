@@ -25,6 +25,7 @@ from ldm_jax.convert import (
     files,
     plans,
     pretrained,
+    prior,
     read_config,
     read_unet,
     recognise,
@@ -41,6 +42,7 @@ from ldm_jax.nets import (
     unet,
 )
 from ldm_jax.nets import discriminator as discriminator_net
+from ldm_jax.nets import prior as prior_net
 
 
 def import_network(
@@ -169,7 +171,7 @@ def _tidied(
     kind: str, layout: str, state: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """The layout that rules are written for, and the state dict under their names."""
-    if layout == "diffusers":
+    if layout == "diffusers" and kind != "prior":
         tidy = diffusers.pack if kind == "unet" else diffusers.modern
         return layout, tidy(state)
     if layout == "midas":
@@ -193,6 +195,7 @@ def _module(kind, layout, state, config) -> nn.Module:
                 config["use_new_attention_order"] = True  # as `pack` has them
     readers = {
         "unet": read_unet.unet_of,
+        "prior": prior.prior_of,
         "classifier": read_unet.classifier_of,
         "autoencoder": read_config.autoencoder_of,
         "bert": read_config.bert_of,
@@ -229,6 +232,8 @@ def plan_of(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> plans.Pla
     match net:
         case unet.UNet():
             return unet_plan(net, layout)
+        case prior_net.PriorTransformer():
+            return prior.prior_plan(net)
         case autoencoder.Autoencoder():
             return _autoencoder_plan(net, layout)
         case encoder_unet.EncoderUNet():
@@ -254,6 +259,8 @@ def _layouts(net: nn.Module) -> tuple[str, ...]:
     towers_of_clip = text_encoder.CLIPTextTransformer, clip_vision.CLIPVisionTransformer
     if isinstance(net, unet.UNet | autoencoder.Autoencoder):
         return "compvis", "diffusers"
+    if isinstance(net, prior_net.PriorTransformer):
+        return ("diffusers",)
     if isinstance(net, towers_of_clip):
         return "huggingface", "openclip"
     if isinstance(net, dpt.DPTHybrid):

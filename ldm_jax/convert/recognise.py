@@ -29,7 +29,8 @@ class _Sign(NamedTuple):
 _SIGNS = (
     _Sign("unet", "compvis", "input_blocks.0.0.weight", also="output_blocks.0.0."),
     _Sign("classifier", "compvis", "input_blocks.0.0.weight", absent="output_blocks."),
-    _Sign("unet", "diffusers", "time_embedding.linear_1.weight"),
+    _Sign("unet", "diffusers", "time_embedding.linear_1.weight", also="conv_in."),
+    _Sign("prior", "diffusers", "proj_to_clip_embeddings.weight"),
     _Sign("autoencoder", "compvis", "encoder.mid.block_1.norm1.weight"),
     _Sign("autoencoder", "diffusers", "encoder.mid_block.resnets.0.norm1.weight"),
     _Sign("bert", "compvis", "transformer.attn_layers.layers.0.0.weight"),
@@ -71,6 +72,7 @@ _PREFIX = re.compile(
 )
 _NAMES = {
     "unet": "a UNet",
+    "prior": "a prior",
     "classifier": "a classifier",
     "autoencoder": "an autoencoder",
     "bert": "a BERT encoder",

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ldm_jax.convert import networks
-from ldm_jax.nets import clip_projections, unet
+from ldm_jax.convert import networks, plans
+from ldm_jax.nets import clip_projections, prior, unet
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[test,parity]'")
 diffusers = pytest.importorskip("diffusers", reason="pip install -e '.[test,parity]'")
@@ -171,11 +171,76 @@ def test_upscaler_is_diffusers_s():
     np.testing.assert_allclose(out, np.moveaxis(expected.numpy(), 1, -1), atol=ATOL)
 
 
-def test_presets_are_of_karlo_s_size():
-    """893M and 730M; its upscaler is two of the latter (1.4B)."""
-    from ldm_jax.convert import plans
+@pytest.mark.parametrize("masked", [False, True])
+def test_prior_is_diffusers_s(masked):
+    """With the mask of the text it is causal too, which Karlo always gives."""
+    module = randomized(
+        diffusers.PriorTransformer(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=2,
+            embedding_dim=12,
+            num_embeddings=7,
+        )
+    )
+    state = state_of(module)
+    net, variables = networks.import_network(state, dict(module.config))
+    assert (net.heads, net.dim_head, net.depth, net.positions) == (2, 16, 2, 1)
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(size=(2, 2, 12)).astype(np.float32)
+    context = rng.normal(size=(2, 7, 12)).astype(np.float32)
+    t, there = np.array([3, 700]), np.ones((2, 7), bool)
+    if masked:
+        there[1, 4:] = False
+    with torch.no_grad():
+        expected = module(
+            *map(torch.from_numpy, (z, t, y, context)),
+            attention_mask=torch.from_numpy(there),
+        ).predicted_image_embedding
+    context[~there] = 0
+    out = jax.jit(net.apply)(variables, z[:, None, None], t, context, y)
+    np.testing.assert_allclose(out[:, 0, 0], expected.numpy(), atol=ATOL)
+    assert expected.std() > 0.1
+    back = networks.export_network(net, variables, "diffusers")
+    assert back.keys() == state.keys() - {"clip_mean", "clip_std"}
+    for key, value in back.items():
+        np.testing.assert_array_equal(value, state[key])
 
-    for variant, millions in (("karlo_decoder", 893.32), ("karlo_sr", 729.70)):
-        net = unet.UNet(**unet.VARIANTS[variant])
+
+def test_a_prior_of_several_positions_is_diffusers_s():
+    """Shap-E's: no query, every position predicts itself."""
+    module = randomized(
+        diffusers.PriorTransformer(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            num_layers=1,
+            embedding_dim=12,
+            num_embeddings=7,
+            additional_embeddings=2 + 4,
+            added_emb_type=None,
+        )
+    )
+    net, variables = networks.import_network(state_of(module), dict(module.config))
+    assert (net.positions, net.context_length, net.query) == (4, 7, False)
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(2, 4, 12)).astype(np.float32)
+    y, context = rng.normal(size=(2, 12)), rng.normal(size=(2, 7, 12))
+    y, context = y.astype(np.float32), context.astype(np.float32)
+    t = np.array([3, 700])
+    with torch.no_grad():
+        given = map(torch.from_numpy, (z, t, y, context))
+        expected = module(*given).predicted_image_embedding
+    out = jax.jit(net.apply)(variables, z.reshape(2, 2, 2, 12), t, context, y)
+    np.testing.assert_allclose(out.reshape(z.shape), expected[:, :4], atol=ATOL)
+
+
+def test_nets_are_of_karlo_s_size():
+    """Its upscaler is two of the last (1.4B); the prior's mean and std are apart."""
+    nets = [
+        (prior.PriorTransformer(**prior.VARIANTS["karlo"]), 1022.03),
+        (unet.UNet(**unet.VARIANTS["karlo_decoder"]), 893.32),
+        (unet.UNet(**unet.VARIANTS["karlo_sr"]), 729.70),
+    ]
+    for net, millions in nets:
         shapes = plans.abstract_params(net, **net.abstract_inputs())
-        assert sum(map(np.prod, shapes.values())) / 1e6 == pytest.approx(millions, 1e-4)
+        assert sum(map(np.prod, shapes.values())) / 1e6 == pytest.approx(millions, 1e-5)
