@@ -37,6 +37,7 @@ TASKS = (
     "semantic",
     "depth2img",
     "pixel",
+    "prior",
 )
 MINUTES = "minutes.json"  # in the workdir of a finished task
 

@@ -75,17 +75,12 @@ def karlo_decoder() -> ConfigDict:
     a prior, `configs/prior.py:karlo`.
     """
     config = _karlo(64)
-    clip_l = "openai/clip-vit-large-patch14"
-    for name in ("text", "pooled"):
-        config.conditioners[name] = defaults.clip_text(clip_l, "clip_l", clip_l)
-    config.conditioners.text.net.zero_padding = True
-    config.conditioners.pooled.slot = "vector"
-    config.conditioners.pooled.net.projection_dim = 768
+    config.conditioners.update(defaults.karlo_texts())
     config.conditioners.picture = ConfigDict(
         dict(
             kind="clip_image",
             net=dict(variant="clip_l"),
-            weights=clip_l,
+            weights="openai/clip-vit-large-patch14",
             max_noise_level=0,
             dropout=0.1,
         )

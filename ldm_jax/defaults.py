@@ -271,6 +271,16 @@ def clip_text(
     return _text(tokenizer, 77, dict(kind="clip", variant=variant), weights)
 
 
+def karlo_texts() -> dict[str, ConfigDict]:
+    """CLIP's tokens of a text, and its vector, of frozen towers, as Karlo has them."""
+    clip_l = "openai/clip-vit-large-patch14"
+    tokens, pooled = (clip_text(clip_l, "clip_l", clip_l) for _ in range(2))
+    tokens.net.zero_padding = True
+    pooled.slot = "vector"
+    pooled.net.projection_dim = 768
+    return {"text": tokens, "pooled": pooled}
+
+
 def small_text(dim: int = 128, length: int = 20) -> ConfigDict:
     """One layer over a vocabulary that is trained on the captions."""
     tokenizer = dict(name=None, train_vocab_size=2048)
@@ -360,9 +370,12 @@ def debug(config: ConfigDict) -> ConfigDict:
         config.data.options.count = 64
     if config.autoencoder.get("kind") != "identity":
         config.autoencoder.update(dict(ch=8, ch_mult=(1, 2), resolution=16))
-    config.unet.update(
-        dict(model_channels=32, channel_mult=(1,), attention_resolutions=(1,))
-    )
+    if config.unet.get("kind") == "prior":
+        config.unet.update(dict(depth=1, heads=2, dim_head=8))
+    else:
+        config.unet.update(
+            dict(model_channels=32, channel_mult=(1,), attention_resolutions=(1,))
+        )
     if "context_dim" in config.unet:
         config.unet.context_dim = 32
     for section in config.conditioners.values():

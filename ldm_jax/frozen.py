@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax
+import ml_collections
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
@@ -59,6 +60,26 @@ def load(model: model_lib.LatentDiffusion, workdir: pathlib.Path) -> dict[str, A
         except ValueError as error:
             raise UserError(f"{option}: {conditioner.weights!r}: {error}") from error
     return params
+
+
+def start_first_stage(config: ml_collections.ConfigDict, fresh: Any) -> Any:
+    """`fresh` params of stage one, but for its tower's: those of `autoencoder.weights`.
+
+    UserError where there are none.
+    """
+    source = config.autoencoder.get("weights")
+    net = model_lib.build_autoencoder(config)
+    if source is None:
+        raise UserError(
+            "autoencoder.weights: None, but its tower is not trained; set it to a file,"
+            " a folder or a hub id of CLIP's"
+        )
+    try:
+        state_dict = read(source, "autoencoder.weights")
+        tower = towers.params_of(net.tower, state_dict)
+    except ValueError as error:
+        raise UserError(f"autoencoder.weights: {source!r}: {error}") from error
+    return {**fresh, "autoencoder": {**fresh["autoencoder"], "tower": tower}}
 
 
 def write(workdir: pathlib.Path, params: Mapping[str, Any]) -> None:

@@ -13,10 +13,16 @@ import numpy as np
 
 from ldm_jax import first_stage
 from ldm_jax.conditioning import conditioners as conditioning
-from ldm_jax.conditioning import kinds
+from ldm_jax.conditioning import kinds, pictures
 from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.diffusion import denoiser, edm, guidance, schedules, tiling
-from ldm_jax.nets import autoencoder, encoder_unet, unet
+from ldm_jax.nets import autoencoder, clip_autoencoder, encoder_unet, prior, unet
+
+# What `unet.kind` may name: (net, its variants).
+DENOISERS = {
+    "unet": (unet.UNet, unet.VARIANTS),
+    "prior": (prior.PriorTransformer, prior.VARIANTS),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,15 +72,17 @@ def build_autoencoder(config: ml_collections.ConfigDict) -> nn.Module:
     """The first stage of `config.autoencoder`, checked against `config.resolution`."""
     kwargs = kwargs_of("autoencoder", config.autoencoder, autoencoder.VARIANTS)
     kind = kwargs.pop("kind", "kl")
-    if kind not in autoencoder.KINDS:
-        raise UserError(
-            f"autoencoder.kind: {kind!r}; {nearest(kind, autoencoder.KINDS)}"
-        )
+    kinds_of = autoencoder.KINDS | {"clip": clip_autoencoder.ClipAutoencoder}
+    if kind not in kinds_of:
+        raise UserError(f"autoencoder.kind: {kind!r}; {nearest(kind, kinds_of)}")
+    if kind == "clip":
+        kwargs.pop("weights", None)  # where training begins, see frozen.py
+        kwargs["tower"] = pictures.clip_tower(kwargs.get("tower", {}))
     if kwargs.get("remap"):
         kwargs["remap"] = read_remap(kwargs["remap"], kwargs["n_embed"])
     if kind != "identity":
         kwargs["dtype"] = compute_dtype(config.dtype)
-    net = construct("autoencoder", autoencoder.KINDS[kind], kwargs)
+    net = construct("autoencoder", kinds_of[kind], kwargs)
     factor = first_stage.downsampling(net)
     if config.resolution % factor:
         near = config.resolution // factor * factor or factor
@@ -125,12 +133,11 @@ def build(
     size = size or (config.resolution, config.resolution)
     schedule, parameterization = build_process(config)
     shape = first_stage.latent_shape(net, size)
-    unet_kwargs = kwargs_of("unet", config.unet, unet.VARIANTS)
-    unet_kwargs["dtype"] = compute_dtype(config.dtype)
-    check_out_channels(unet_kwargs["out_channels"], shape[-1], schedule)
+    denoising = build_unet(config)
+    check_out_channels(denoising.out_channels, shape[-1], schedule)
     model = LatentDiffusion(
         autoencoder=net,
-        unet=construct("unet", unet.UNet, unet_kwargs),
+        unet=denoising,
         conditioners=kinds.build(config.conditioners, size, shape, tokenizer_of),
         schedule=schedule,
         parameterization=parameterization,
@@ -138,7 +145,20 @@ def build(
         classifier=build_classifier(config, shape),
     )
     check_channels(config, model)
+    check_positions(model)
     return model
+
+
+def build_unet(config: ml_collections.ConfigDict) -> nn.Module:
+    """The denoising net of `config.unet`: a UNet, or what its `kind` names."""
+    kind = config.unet.get("kind", "unet")
+    if kind not in DENOISERS:
+        raise UserError(f"unet.kind: {kind!r}; {nearest(kind, DENOISERS)}")
+    make, variants = DENOISERS[kind]
+    kwargs = kwargs_of("unet", config.unet, variants)
+    kwargs.pop("kind", None)
+    kwargs["dtype"] = compute_dtype(config.dtype)
+    return construct("unet", make, kwargs)
 
 
 def check_out_channels(
@@ -189,6 +209,16 @@ def build_process(
         schedule = construct("diffusion", schedules.make_schedule, section)
         schedules.check_learnable(schedule, parameterization)
     return schedule, parameterization
+
+
+def check_positions(model: LatentDiffusion) -> None:
+    """Raises UserError unless a prior is of this latent's size, the only one it has."""
+    h, w, _ = model.latent_shape
+    if getattr(model.unet, "positions", h * w) != h * w:
+        raise UserError(
+            f"unet.positions: {model.unet.positions}, but the latent is {h}x{w}; a"
+            " prior has one size, so train and draw at that"
+        )
 
 
 def check_channels(config: ml_collections.ConfigDict, model: LatentDiffusion) -> None:
@@ -375,7 +405,7 @@ def make_denoiser(
     if isinstance(model.schedule, schedules.SigmaSchedule):
         apply = edm.precondition(apply, parameterization, model.schedule.sigma_data)
         parameterization = "x0"
-    pixels = isinstance(model.autoencoder, autoencoder.Identity)
+    limit = getattr(model.autoencoder, "limit", None)
     return denoiser.make_denoiser(
         apply,
         model.schedule,
@@ -384,6 +414,6 @@ def make_denoiser(
         scales,
         guidance_rescale=guidance_rescale,
         score=score,
-        constrain=(lambda x: jnp.clip(x, -1, 1)) if pixels else None,
+        constrain=limit and (lambda x: jnp.clip(x, -limit, limit)),
         learned_variance=model.learned_variance,
     )

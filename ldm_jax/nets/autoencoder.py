@@ -376,6 +376,7 @@ class Identity(nn.Module):
     channels: int = 3
 
     ch_mult = (1,)  # f = 1
+    limit = 1.0  # of a predicted latent
 
     @property
     def in_channels(self) -> int:

@@ -36,11 +36,11 @@ class PriorBlock(nn.Module):
 class PriorTransformer(nn.Module):
     """Predicts a latent from a noised one, a timestep and a text.
 
-    Its tokens are the text's `context`, the text's pooled vector `y`, the timestep, the
-    latent's positions. With `query` a learned token comes last; what it becomes is the
-    prediction, for a latent of one position, and each token sees those before it: of
-    the text only those that aren't zeros (Karlo). Without, every position's token
-    becomes its own prediction, and all see all.
+    Its tokens are the text's `context`, with `vector_dim` the text's pooled vector `y`,
+    the timestep, the latent's positions. With `query` a learned token comes last; what
+    it becomes is the prediction, for a latent of one position, and each token sees
+    those before it: of the text only those that aren't zeros (Karlo). Without, every
+    position's token becomes its own prediction, and all see all.
     """
 
     in_channels: int
@@ -48,7 +48,7 @@ class PriorTransformer(nn.Module):
     context_dim: int
     context_length: int = 77
     positions: int = 1  # of the latent, height times width
-    vector_dim: int | None = None  # of y; None is context_dim
+    vector_dim: int | None = None  # of y, if there is one
     depth: int = 20
     heads: int = 32
     dim_head: int = 64
@@ -72,8 +72,8 @@ class PriorTransformer(nn.Module):
     ) -> jax.Array:
         """z_t [b, h, w, in_channels], t [b] -> [b, h, w, out_channels] in `dtype`.
 
-        `context` [b, context_length, context_dim] and `y` [b, vector_dim] must be
-        given; ValueError otherwise, or where h · w is not `positions`.
+        `context` [b, context_length, context_dim] must be given, `y` [b, vector_dim]
+        iff `vector_dim`; ValueError otherwise, or where h · w is not `positions`.
         """
         del deterministic
         self._check(x, context, y)
@@ -89,12 +89,10 @@ class PriorTransformer(nn.Module):
         time = layers.timestep_embedding(t, width)
         time = dense("time_embed_1")(nn.silu(dense("time_embed_0")(time)))
         latent = x.reshape(b, self.positions, self.in_channels)
-        tokens = [
-            dense("text_tokens")(context),
-            dense("text_vector")(y)[:, None],
-            time[:, None],
-            dense("proj_in")(latent),
-        ]
+        tokens = [dense("text_tokens")(context)]
+        if self.vector_dim is not None:
+            tokens.append(dense("text_vector")(y)[:, None])
+        tokens += [time[:, None], dense("proj_in")(latent)]
         if self.query:
             tokens.append(jnp.broadcast_to(learned("query", 1), (b, 1, width)))
         h = jnp.concatenate(tokens, axis=1)
@@ -123,19 +121,20 @@ class PriorTransformer(nn.Module):
             "x": (1, 1, self.positions, self.in_channels),
             "t": (1,),
             "context": (1, self.context_length, self.context_dim),
-            "y": (1, self.vector_dim or self.context_dim),
         }
+        if self.vector_dim is not None:
+            shapes["y"] = (1, self.vector_dim)
         return {k: jax.ShapeDtypeStruct(v, jnp.float32) for k, v in shapes.items()}
 
     def _check(self, x, context, y) -> None:
-        wanted = self.abstract_inputs()
         for name, value in (("context", context), ("y", y)):
-            shape = None if value is None else (1, *value.shape[1:])
-            if shape != wanted[name].shape:
-                has = "none" if shape is None else list(shape[1:])
+            wanted = self.abstract_inputs().get(name)
+            wanted = "none" if wanted is None else list(wanted.shape[1:])
+            has = "none" if value is None else list(value.shape[1:])
+            if has != wanted:
                 raise ValueError(
-                    f"{name} is {has} a row, but the prior needs"
-                    f" {list(wanted[name].shape[1:])}"
+                    f"{name} is {has} a row, but the prior takes {wanted}; see"
+                    " context_length, context_dim and vector_dim"
                 )
         h, w, c = x.shape[1:]
         if (h * w, c) != (self.positions, self.in_channels):
@@ -150,4 +149,6 @@ class PriorTransformer(nn.Module):
             )
 
 
-VARIANTS = {"karlo": dict(in_channels=768, out_channels=768, context_dim=768)}
+VARIANTS = {
+    "karlo": dict(in_channels=768, out_channels=768, context_dim=768, vector_dim=768)
+}

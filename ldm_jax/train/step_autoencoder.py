@@ -15,11 +15,12 @@ import numpy as np
 import optax
 
 from ldm_jax import first_stage
+from ldm_jax import frozen as frozen_lib
 from ldm_jax import model as model_lib
 from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.convert import pretrained
 from ldm_jax.data import pipeline, sources
-from ldm_jax.nets import discriminator, quantize
+from ldm_jax.nets import clip_autoencoder, discriminator, quantize
 from ldm_jax.train import adversarial, autoencoder_loss, optim
 from ldm_jax.train import stage as stage_lib
 from ldm_jax.train import state as train_state
@@ -261,6 +262,9 @@ def make_stage(
             )
         }
 
+    start = None
+    if isinstance(net, clip_autoencoder.ClipAutoencoder):
+        start = partial(frozen_lib.start_first_stage, config)
     return stage_lib.Stage(
         name=NAME,
         section=section,
@@ -276,4 +280,5 @@ def make_stage(
         panels=panels,
         summarize=autoencoder_loss.summarize,
         finish=finish,
+        start=start,
     )

@@ -258,6 +258,8 @@ MILLIONS = {
     "unclip_l": 869.52,
     "x4_upscaler": 473.40,
     "sdxl": 2567.46,
+    "karlo_decoder": 893.32,
+    "karlo_sr": 729.70,
 }
 
 
