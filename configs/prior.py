@@ -2,9 +2,9 @@
 
     python -m ldm_jax.train --config=configs/prior.py --workdir=runs/prior
 
-trains on emoji in minutes on 2 CPU cores. Its embedding is the run's own first stage,
-which makes one vector of a whole picture and draws it again, since CLIP's image tower
-can't be had offline. `karlo` is Karlo's; it has not been trained here yet.
+trains on emoji in minutes on 2 CPU cores. Its embedding is the run's own first stage, a
+token for each position of the latent, since CLIP's image tower can't be had offline.
+`karlo` is Karlo's, one vector a picture; it has not been trained here yet.
 """
 
 from ml_collections import ConfigDict
@@ -14,21 +14,16 @@ from ldm_jax import defaults
 
 
 def openmoji() -> ConfigDict:
-    """Emoji from their names at 32 pixels, each of them 128 numbers."""
+    """Emoji from their names at 32 pixels: 64 tokens of 8 numbers."""
     config = defaults.mostly_noisy(defaults.emoji())
-    # f = 32: narrower levels would hold less than the vector does.
-    config.autoencoder.update(
-        dict(ch_mult=(1, 2, 4, 8, 16, 16), z_channels=128, embed_dim=128)
-    )
-    config.autoencoder_stage.steps = 6000
-    config.autoencoder_stage.optim.learning_rate = 1e-3
     config.conditioners.text = defaults.small_text(dim=128)
-    config.diffusion.update(dict(schedule="squaredcos_cap_v2", parameterization="x0"))
     config.unet = ConfigDict(
         dict(
             kind="prior",
-            in_channels=128,
-            out_channels=128,
+            in_channels=8,
+            out_channels=8,
+            positions=8 * 8,
+            query=False,
             context_dim=128,
             context_length=config.conditioners.text.length,
             depth=4,
@@ -36,14 +31,13 @@ def openmoji() -> ConfigDict:
             dim_head=64,
         )
     )
+    config.diffusion_stage.steps = 1500
     return config
 
 
 def debug() -> ConfigDict:
     """Two steps of everything, tiny, in under a minute."""
-    config = defaults.debug(openmoji())
-    config.autoencoder.update(dict(ch_mult=(1,) * 5))
-    return config
+    return defaults.debug(openmoji())
 
 
 def karlo() -> ConfigDict:

@@ -37,10 +37,12 @@ def _config(weights):
     """As `karlo`, tiny: a picture of 16 pixels is a vector of 12 numbers."""
     config = config_lib.load(f"{PRIOR}:debug")
     options = dict(kind="clip", tower=TOWER, weights=str(weights))
-    config.autoencoder.update(options | dict(z_channels=12, embed_dim=12))
+    options |= dict(ch_mult=(1,) * 5, z_channels=12, embed_dim=12)
+    config.autoencoder.update(options)
     section = config.autoencoder_stage
     section.optim.train_only = "decoder|post_quant_conv|logvar"
-    config.unet.update(dict(in_channels=12, out_channels=12))
+    vector = dict(in_channels=12, out_channels=12, positions=1, query=True)
+    config.unet.update(vector)
     return config
 
 
