@@ -195,6 +195,8 @@ def run_stage(
     for path in sharding.unsharded(abstract.params, mesh):
         report.say(f"{stage.name}: {path} is replicated, no dimension fits mesh.fsdp")
     saved = checkpoint.Checkpoints(workdir / stage.name, every.max_to_keep)
+    if not saved.finished():
+        report.say(f"{stage.name}: {report.state_memory(abstract)}")
     restored = saved.restore_newest(abstract)
     if restored is None:
         state = jax.jit(stage.create, out_shardings=shardings)(key)

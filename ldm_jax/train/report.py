@@ -1,5 +1,6 @@
 """What a person sees of a run: console lines, TensorBoard, and how long is left."""
 
+import math
 import pathlib
 import resource
 import sys
@@ -14,7 +15,8 @@ from clu import metric_writers, parameter_overview, periodic_actions
 
 from ldm_jax import config as config_lib
 from ldm_jax import picture
-from ldm_jax.train.state import Metrics
+from ldm_jax.config import UserError
+from ldm_jax.train.state import Metrics, TrainState
 
 
 def say(line: str) -> None:
@@ -36,6 +38,32 @@ def duration(seconds: float) -> str:
 def count(tree: Any) -> int:
     """Number of parameters in a tree of (abstract) arrays."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def state_memory(state: TrainState) -> str:
+    """What an abstract, placed state takes on each device, in words, before compiling.
+
+    Raises UserError where that is more than the device has, where it says what it has.
+    """
+
+    def size(tree):
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(tree)
+        )
+
+    gigabytes = [size(tree) / 1e9 for tree in (state, state.params)]
+    stats = jax.local_devices()[0].memory_stats() or {}
+    there = stats.get("bytes_limit", math.inf) / 1e9
+    if sum(gigabytes) > there:
+        raise UserError(
+            f"mesh.fsdp: state and gradients take {sum(gigabytes):.1f} GB on each"
+            f" device, which has {there:.1f}; shard them over more devices, or train"
+            " fewer params (diffusion_stage.lora.rank)"
+        )
+    return "a device holds {:.2f} GB of its state and {:.2f} of gradients".format(
+        *gigabytes
+    )
 
 
 def step_memory(compiled: Any) -> str:
