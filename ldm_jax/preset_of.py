@@ -152,14 +152,14 @@ def _signs_of_unet(net: unet.UNet) -> tuple:
     attended = [2**i in net.attention_resolutions for i in range(len(net.channel_mult))]
     depth = net.transformer_depth
     depths = [depth] * len(attended) if isinstance(depth, int) else depth
-    dims = net.context_dim if net.use_spatial_transformer else None
+    dims = net.context_dim if net.use_spatial_transformer or net.added_kv else None
     return (
         (net.in_channels, net.out_channels, net.model_channels, net.n_embed, net.dims),
         tuple(net.channel_mult),
         net.res_blocks_of_levels(),
         tuple(d if there else 0 for d, there in zip(depths, attended, strict=True)),
         tuple(dims) if isinstance(dims, list | tuple) else dims,
-        net.use_linear_in_transformer,
+        (net.use_linear_in_transformer, net.added_kv),
         (net.num_classes, net.adm_in_channels),
         (net.resblock_updown, net.use_scale_shift_norm),
     )

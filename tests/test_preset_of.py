@@ -85,6 +85,38 @@ def test_what_weights_do_not_tell_is_asked_for():
     assert preset_of.config_of(source).preset == "configs/txt2img.py:sd2_v"
 
 
+def test_a_condition_of_another_kind_is_another_model():
+    """Stable Diffusion's UNet under a class embedder is no Stable Diffusion."""
+    source = _file_of("configs/txt2img.py:sd1")
+    embedder = {
+        "cond_stage_model.embedding.weight": np.broadcast_to(np.float32(0), (10, 768))
+    }
+    config = preset_of.config_of(source._replace(arrays=source.arrays | embedder))
+    assert config.preset == preset_of.READ_OFF
+    assert [section.kind for section in config.conditioners.values()] == ["class"]
+
+
+def test_first_stages_are_told_apart_by_where_they_attend():
+    options = dict(ch_mult=(1, 2), resolution=32, z_channels=4)
+    nets = [
+        autoencoder.AutoencoderKL(**options, attn_resolutions=where)
+        for where in ((), (16,), (32,))
+    ]
+    signs = [preset_of._signs(unet.UNet(**unet.VARIANTS["sd1"]), net) for net in nets]
+    assert len(set(signs)) == 3
+
+
+def test_context_that_joins_is_told_from_none():
+    options = dict(unet.VARIANTS["karlo_decoder"], num_classes="added")
+    nets = [
+        unet.UNet(**options),
+        unet.UNet(**options | dict(context_dim=768)),
+        unet.UNet(**options | dict(added_kv=False)),
+    ]
+    first = autoencoder.Identity()
+    assert len({preset_of._signs(net, first) for net in nets}) == 3
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A run, its file for others, and the YAML that would have come with it."""
@@ -245,3 +277,16 @@ def test_first_stages_are_told_apart():
     signs = [preset_of._signs_of_first_stage(net) for net in nets]
     same = {"sd", "inpainting_big", "rdm"}  # other names of the same
     assert len(set(signs)) == len(signs) - len(same)
+
+
+def test_a_yaml_tells_the_scale_of_latents(tmp_path, made):
+    folder, _, _, tree = made
+    source = released.open_source(str(folder / "released.safetensors"))
+    arrays = {k: v for k, v in source.arrays.items() if k != "scale_factor"}
+    source = source._replace(arrays=arrays)
+    path = _write(tmp_path, tree)
+    assert original_yaml.add(source, path).scale_factor == 0.5
+    by_std = _write(tmp_path, _changed(tree, scale_by_std=True), "by_std.yaml")
+    assert original_yaml.add(source, by_std).scale_factor == 0.5
+    whole_file = source._replace(arrays=arrays | {"scale_factor": np.float32(0.3)})
+    assert original_yaml.add(whole_file, by_std).scale_factor is None
