@@ -31,6 +31,18 @@ _KEYS = (
     re.compile(r"(.+)_lora\.(down|up)\.weight"),  # processors, diffusers to 0.17
     re.compile(r"(.+)\.(alpha)"),
 )
+# What is no product of two factors: how its keys show, what it is.
+_OTHER_KINDS = {
+    r"lora_magnitude_vector|dora_scale": "DoRA, which scales the kernel's columns too",
+    r"hada_w\d": "LoHa, a product of two products",
+    r"lokr_w\d": "LoKr, a Kronecker product",
+    r"lora_mid": "LoCon with a third factor (Tucker)",
+    r"oft_|boft_": "OFT, which turns the kernel",
+    r"on_input|ia3_": "IA3, which scales activations",
+}
+# As PEFT's `save_pretrained` writes a folder.
+_FOLDER = ("adapter_model.safetensors", "adapter_model.bin")
+_FOLDER_CONFIG = "adapter_config.json"
 _PART = {"lora_A": "a", "down": "a", "lora_B": "b", "up": "b", "alpha": "alpha"}
 _OTHERS = ("text_encoder", "lora_te")
 
@@ -84,11 +96,13 @@ def import_lora(
     """(factors, rank, alpha) of a UNet from a LoRA's state dict or a file of one.
 
     Takes diffusers' keys (today's, `.lora.down.weight`, `.processor.to_q_lora.…`) with
-    or without `unet.`, and kohya's (`lora_unet_…`, of either naming of blocks). An
+    or without `unet.`, kohya's (`lora_unet_…`, of either naming of blocks), and the
+    folder that PEFT's `save_pretrained` makes of a UNet (`base_model.model.…`). An
     alpha that is neither among the keys nor in a file's metadata is the rank. Modules
     that differ get zeros up to the highest rank and, if their scales do, these go into
     b; else every number is kept. Factors of text encoders are left out with a warning.
-    UserError in one line for other keys and wrong shapes.
+    UserError in one line for other keys and wrong shapes, and for DoRA, LoHa and others
+    that are not the product of two factors.
     """
     state, metadata = _read(state_dict_or_path)
     modules = _known(unet)
@@ -167,6 +181,12 @@ def _known(unet: unet_lib.UNet) -> dict[str, _Module]:
 
 def _parsed(key: str) -> tuple[str, str]:
     """(module, which of its arrays) of a key; UserError if it is none of a LoRA."""
+    for sign, kind in _OTHER_KINDS.items():
+        if re.search(rf"\.({sign})", key):
+            raise UserError(
+                f"{key}: it is of {kind}; only LoRA's two factors are read here, so"
+                " merge it into a checkpoint and convert that"
+            )
     for pattern in _KEYS:
         match = pattern.fullmatch(key)
         if match:
@@ -176,7 +196,8 @@ def _parsed(key: str) -> tuple[str, str]:
             f"{key}: no key of a LoRA that is known here (lora_A and lora_B, lora.down"
             " and lora.up, lora_down and lora_up, alpha); leave it out"
         )
-    name = match[1].removeprefix("unet.").removeprefix("lora_unet_")
+    name = match[1].removeprefix("base_model.model.")
+    name = name.removeprefix("unet.").removeprefix("lora_unet_")
     if ".processor." in name:
         name = re.sub(r"\.processor\.", ".", name)
         name = re.sub(r"\.to_out$", ".to_out.0", name)
@@ -197,20 +218,36 @@ def _read(source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays, and what the metadata of a file tell of PEFT's config."""
     metadata = {}
     if isinstance(source, str | os.PathLike):
-        path = pathlib.Path(source).expanduser()
+        path = _file(pathlib.Path(source).expanduser())
         source = files.read(path, "state_dict_or_path")
-        if path.suffix == ".safetensors":
+        beside, told, where = path.with_name(_FOLDER_CONFIG), "{}", path
+        if path.name in _FOLDER and beside.is_file():
+            told, where = beside.read_text(), beside
+        elif path.suffix == ".safetensors":
             with safetensors.safe_open(path, "np") as file:
-                told = (file.metadata() or {}).get(METADATA, "{}")
-            try:
-                metadata = json.loads(told)
-            except ValueError as error:
-                raise UserError(
-                    f"state_dict_or_path: {path} has metadata {METADATA} that are no"
-                    f" JSON ({error}); save it anew"
-                ) from error
+                told = (file.metadata() or {}).get(METADATA, told)
+        try:
+            metadata = json.loads(told)
+        except ValueError as error:
+            raise UserError(
+                f"state_dict_or_path: what {where} says of its config is no JSON"
+                f" ({error}); save it anew"
+            ) from error
         metadata = {k.removeprefix("unet."): v for k, v in metadata.items()}
     return {k: networks.as_array(v) for k, v in source.items()}, metadata
+
+
+def _file(path: pathlib.Path) -> pathlib.Path:
+    """The file of factors in a folder of PEFT, or the path as it is."""
+    if not path.is_dir():
+        return path
+    found = [path / name for name in _FOLDER if (path / name).is_file()]
+    if not found:
+        raise UserError(
+            f"state_dict_or_path: {path} has no {' or '.join(_FOLDER)}; give a LoRA's"
+            " file, or the folder of PEFT's save_pretrained"
+        )
+    return found[0]
 
 
 def _entry(

@@ -242,7 +242,12 @@ def test_text_encoders_are_left_out_with_a_warning():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({f"{Q}.lora_mid.weight": np.ones((2, 2))}, f"{Q}.lora_mid.weight: no key of"),
+        ({f"{Q}.lora_mid.weight": np.ones((2, 2))}, "lora_mid.weight: it is of LoCon"),
+        ({f"{Q}.lora_magnitude_vector": np.ones(2)}, "it is of DoRA, .* merge it into"),
+        ({f"lora_unet_{Q}.dora_scale": np.ones(2)}, "it is of DoRA"),
+        ({f"lora_unet_{Q}.hada_w1_a": np.ones(2)}, "it is of LoHa"),
+        ({f"lora_unet_{Q}.lokr_w1": np.ones(2)}, "it is of LoKr"),
+        ({f"{Q}.lora_C.weight": np.ones((2, 2))}, f"{Q}.lora_C.weight: no key of"),
         ({"nowhere.lora_A.weight": np.ones((2, 2))}, "nowhere.lora_A.weight: of shape"),
         ({f"unet.{Q}.lora_A.weight": np.ones((2, 9))}, r"first .*\(2, 9\).*\(2, 32\)"),
         ({f"unet.{Q}.lora_B.weight": np.ones((32, 3))}, r"second .*\(32, 3\)"),
@@ -335,3 +340,47 @@ def test_an_adapter_of_peft_draws_the_same_and_goes_back(tmp_path, options, targ
             tmp_path, weight_name="our.safetensors", prefix="unet", adapter_name="ours"
         )
     np.testing.assert_allclose(theirs(), wanted, atol=ATOL)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_the_folder_that_peft_saves_is_read(tmp_path, use_dora):
+    """Its alphas are in the folder's config, its keys below base_model.model."""
+    diffusers = pytest.importorskip("diffusers")
+    peft = pytest.importorskip("peft")
+    from tests.convert import test_live_diffusers as live
+
+    model = live._random(diffusers.UNet2DConditionModel(**live.UNET))
+    net, _ = convert.import_network(live._state(model), dict(model.config))
+    settings = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=["to_q", "conv1"],
+        alpha_pattern={"conv1": 12},
+        use_dora=use_dora,
+    )
+    adapted = peft.get_peft_model(model, settings)
+    with live.torch.no_grad():
+        for name, p in adapted.named_parameters():
+            if "lora_" in name:
+                p.normal_(std=0.2)
+    adapted.save_pretrained(tmp_path / "peft")
+    if use_dora:
+        with pytest.raises(UserError, match="it is of DoRA"):
+            convert.import_lora(net, tmp_path / "peft")
+        return
+    factors, rank, alpha = convert.import_lora(net, tmp_path / "peft")
+    merged = live._state(adapted.merge_and_unload())
+    _, wanted = convert.import_network(merged, dict(model.config))
+    model = live._random(diffusers.UNet2DConditionModel(**live.UNET))
+    _, variables = convert.import_network(live._state(model), dict(model.config))
+    found = lora.add(variables["params"], factors, alpha / rank)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=ATOL),
+        found,
+        wanted["params"],
+    )
+    file = tmp_path / "peft" / "adapter_model.safetensors"
+    _same(convert.import_lora(net, file)[0], factors)
+    file.unlink()
+    with pytest.raises(UserError, match="has no adapter_model.safetensors or"):
+        convert.import_lora(net, tmp_path / "peft")
