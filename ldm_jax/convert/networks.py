@@ -29,6 +29,7 @@ from ldm_jax.convert import (
     read_config,
     read_unet,
     recognise,
+    text_encoders,
     towers,
 )
 from ldm_jax.nets import (
@@ -38,6 +39,7 @@ from ldm_jax.nets import (
     embedders,
     encoder_unet,
     lpips,
+    t5,
     text_encoder,
     unet,
 )
@@ -119,9 +121,10 @@ def export_network(
 ) -> dict[str, np.ndarray]:
     """The state dict of `module` with these variables; importing it gives them again.
 
-    `layout` is "compvis" or "diffusers" for UNets and autoencoders, "openclip" or
-    "huggingface" for CLIP's towers, "huggingface" for a DPT (MiDaS's own names are
-    read, not written), "compvis" elsewhere. Arrays are float32 under bare keys.
+    `layout` is "compvis" or "diffusers" for UNets, autoencoders and LDM's BERT,
+    "openclip" or "huggingface" for CLIP's towers, "huggingface" for T5 and a DPT
+    (MiDaS's own names are read, not written), "diffusers" for a prior, "compvis"
+    elsewhere. Arrays are float32 under bare keys.
     UserError where the layout can't hold the module.
     """
     variables = jax.tree.map(np.asarray, variables)
@@ -134,6 +137,8 @@ def export_network(
         raise UserError(f"{type(module).__name__}: {error}") from error
     if layout == "diffusers":
         return diffusers.unpack(state)
+    if isinstance(module, t5.T5Encoder):  # as transformers has the tokens, twice
+        return {**state, text_encoders.T5_SPARE: state["shared.weight"]}
     if isinstance(module, lpips.LPIPS):
         return {pretrained.published_lpips_key(k): v for k, v in state.items()}
     return state
@@ -171,7 +176,9 @@ def _tidied(
     kind: str, layout: str, state: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """The layout that rules are written for, and the state dict under their names."""
-    if layout == "diffusers" and kind != "prior":
+    if kind == "t5":
+        return layout, text_encoders.with_shared(state)
+    if layout == "diffusers" and kind in ("unet", "autoencoder"):
         tidy = diffusers.pack if kind == "unet" else diffusers.modern
         return layout, tidy(state)
     if layout == "midas":
@@ -196,6 +203,7 @@ def _module(kind, layout, state, config) -> nn.Module:
     readers = {
         "unet": read_unet.unet_of,
         "prior": prior.prior_of,
+        "t5": text_encoders.t5_of,
         "classifier": read_unet.classifier_of,
         "autoencoder": read_config.autoencoder_of,
         "bert": read_config.bert_of,
@@ -208,6 +216,8 @@ def _module(kind, layout, state, config) -> nn.Module:
         "clip_text": read_config.clip_text_of,
         "clip_vision": read_config.clip_vision_of,
     }
+    if (kind, layout) == ("bert", "diffusers"):
+        return text_encoders.ldm_bert_of(shapes, config)
     if kind in towers_of:
         return towers_of[kind](shapes, config, layout)
     return readers[kind](shapes, config)
@@ -239,7 +249,11 @@ def plan_of(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> plans.Pla
         case encoder_unet.EncoderUNet():
             return classifier.encoder_unet_plan(net)
         case text_encoder.TextTransformer():
+            if layout == "diffusers":
+                return text_encoders.ldm_bert_plan(net)
             return compvis.text_transformer_plan(net)
+        case t5.T5Encoder():
+            return text_encoders.t5_plan(net)
         case text_encoder.CLIPTextTransformer():
             return _clip_text_plan(net, layout, arrays)
         case clip_vision.CLIPVisionTransformer():
@@ -257,13 +271,14 @@ def plan_of(net: nn.Module, layout: str, arrays: Mapping[str, Any]) -> plans.Pla
 
 def _layouts(net: nn.Module) -> tuple[str, ...]:
     towers_of_clip = text_encoder.CLIPTextTransformer, clip_vision.CLIPVisionTransformer
-    if isinstance(net, unet.UNet | autoencoder.Autoencoder):
+    both = unet.UNet | autoencoder.Autoencoder | text_encoder.TextTransformer
+    if isinstance(net, both):
         return "compvis", "diffusers"
     if isinstance(net, prior_net.PriorTransformer):
         return ("diffusers",)
     if isinstance(net, towers_of_clip):
         return "huggingface", "openclip"
-    if isinstance(net, dpt.DPTHybrid):
+    if isinstance(net, dpt.DPTHybrid | t5.T5Encoder):
         return ("huggingface",)
     return ("compvis",)
 

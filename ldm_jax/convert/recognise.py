@@ -33,6 +33,8 @@ _SIGNS = (
     _Sign("prior", "diffusers", "proj_to_clip_embeddings.weight"),
     _Sign("autoencoder", "compvis", "encoder.mid.block_1.norm1.weight"),
     _Sign("autoencoder", "diffusers", "encoder.mid_block.resnets.0.norm1.weight"),
+    _Sign("bert", "diffusers", "model.layers.0.self_attn_layer_norm.weight"),
+    _Sign("t5", "huggingface", "encoder.block.0.layer.0.SelfAttention.q.weight"),
     _Sign("bert", "compvis", "transformer.attn_layers.layers.0.0.weight"),
     _Sign("clip_text", "huggingface", "text_model.embeddings.token_embedding.weight"),
     _Sign(
@@ -76,6 +78,7 @@ _NAMES = {
     "classifier": "a classifier",
     "autoencoder": "an autoencoder",
     "bert": "a BERT encoder",
+    "t5": "a T5 encoder",
     "clip_text": "a CLIP text tower",
     "clip_vision": "a CLIP picture tower",
     "depth": "a DPT",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ldm_jax.convert import compvis, depth, plans
+from ldm_jax.convert import compvis, depth, plans, text_encoders
 from ldm_jax.nets import clip_vision, dpt, embedders, t5, text_encoder
 
 # Of embeddings over training pictures, as SD-unCLIP's checkpoints call them.
@@ -28,7 +28,8 @@ def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str,
     if isinstance(net, text_encoder.CLIPTextTransformer):
         return _clip_text(net, state_dict)
     if isinstance(net, t5.T5Encoder):
-        return t5_params(state_dict, net)
+        state_dict = text_encoders.with_shared(state_dict)
+        return plans.convert(state_dict, text_encoders.t5_plan(net))
     if isinstance(net, clip_vision.CLIPVisionTransformer):
         return clip_vision_params(state_dict, net)
     if isinstance(net, clip_vision.ImageVector):
@@ -70,36 +71,6 @@ def _image_vector(net, state_dict):
         )
     tower = clip_vision_params(_under(state_dict, "embedder."), net.tower)
     return {"tower": tower, "mean": mean, "std": std}
-
-
-def t5_params(state_dict: Mapping[str, np.ndarray], net: t5.T5Encoder) -> dict:
-    """Params of T5's encoder from Hugging Face's keys; a decoder is left out."""
-    shapes = plans.abstract_params(net, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    own = state_dict.get("encoder.embed_tokens.weight")
-    if "shared.weight" not in state_dict and own is not None:  # of an encoder alone
-        state_dict = {**state_dict, "shared.weight": own}
-
-    def rules():
-        table = {
-            "token_emb": "shared.weight",
-            "position_bias": "encoder.block.0.layer.0.SelfAttention"
-            ".relative_attention_bias.weight",
-            "norm_out": "encoder.final_layer_norm",
-            "norm1": "layer.0.layer_norm",
-            "norm2": "layer.1.layer_norm",
-            "to_q": "layer.0.SelfAttention.q",
-            "to_k": "layer.0.SelfAttention.k",
-            "to_v": "layer.0.SelfAttention.v",
-            "to_out": "layer.0.SelfAttention.o",
-            "ff_gate": "layer.1.DenseReluDense.wi_0",
-            "ff_in": f"layer.1.DenseReluDense.{'wi_1' if net.gated else 'wi'}",
-            "ff_out": "layer.1.DenseReluDense.wo",
-        }
-        table |= {f"layer_{i}": f"encoder.block.{i}" for i in range(net.depth)}
-        return _rules(shapes, table)
-
-    ignorable = r"encoder\.embed_tokens\.weight|decoder\..*|lm_head\..*"
-    return plans.convert(state_dict, plans.Plan(list(rules()), shapes, ignorable))
 
 
 def clip_vision_params(
