@@ -206,6 +206,8 @@ class UNet(nn.Module):
             raise ValueError(
                 f"{has} was given, but num_classes={self.num_classes!r} {needs}"
             )
+        if self.num_classes == "clip" and not self.added_kv:
+            raise ValueError("num_classes 'clip' makes tokens, so it needs added_kv")
         if (context is None) == (self.use_spatial_transformer or self.added_kv):
             has, needs = ("no context", "needs one")
             if context is not None:

@@ -204,6 +204,19 @@ def test_compute_dtype_holds_and_params_stay_float32():
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("f4")}
 
 
+def test_context_may_join_plain_attention_in_any_dtype():
+    options = dict(added_kv=True, context_dim=8, num_classes="clip", adm_in_channels=12)
+    net = unet.UNet(**TINY, **options, dtype=jnp.bfloat16, remat=True)
+    inputs = net.abstract_inputs(8)
+    assert inputs["context"].shape == (1, 1, 6) and inputs["y"].shape == (1, 12)
+    out, variables = jax.eval_shape(
+        lambda i: net.init_with_output(jax.random.key(0), **i), inputs
+    )
+    assert out.dtype == jnp.bfloat16 and out.shape == (1, 8, 8, 3)
+    kernel = variables["params"]["mid_attn"]["encoder_kv"]["kernel"]
+    assert kernel.shape[0] == 8 and kernel.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("options", "change", "words"),
     [
@@ -213,6 +226,12 @@ def test_compute_dtype_holds_and_params_stay_float32():
         (TINY | dict(num_classes=3), dict(y=None), "no y was given"),
         (TINY, dict(context=jnp.zeros((1, 2, 8))), "context was given"),
         (CROSS, dict(context=None), "no context was given"),
+        (TINY | dict(added_kv=True, context_dim=8), dict(context=None), "no context"),
+        (
+            TINY | dict(num_classes="clip", adm_in_channels=8, context_dim=8),
+            {},
+            "num_classes 'clip' makes tokens, so it needs added_kv",
+        ),
         (CROSS, dict(context=jnp.zeros((1, 2, 9))), "width 9, but context_dim is 8"),
         (CROSS, dict(context=[jnp.zeros((1, 2, 8))]), "context is a list"),
         (TINY | dict(num_heads=None), {}, "give one of them"),
