@@ -74,6 +74,8 @@ def _open(config, source):
     whole = released.open_source(source)
     own = copy.deepcopy(config)
     own.update({field: None for field in FIELDS})
+    # What factors are added to has none itself.
+    own.diffusion_stage.lora.update(dict(rank=None, init_from=None))
     try:
         return own, released.open_parts(whole, own)
     except UserError:

@@ -1,6 +1,7 @@
 """Training that starts from a released model: of it a run is made, once."""
 
 import copy
+import os
 import shutil
 
 import jax
@@ -42,16 +43,16 @@ def _config(source, tmp_path, *overrides):
 
 def test_a_file_is_trained_from_by_its_name(source, tmp_path, capsys, monkeypatch):
     """What it does not tell, such as the number of heads, is the config's."""
-    config = _config(source, tmp_path)
+    config = _config(source, tmp_path, "diffusion_stage.lora.rank=2")
     workdir = tmp_path / "heir"
     assert loop.train(config, workdir)
     said = capsys.readouterr().out
     made = origin.run_of(config, "init_from")
     assert made.parent == tmp_path / "cache" / "released"
     assert f"init_from: making a run of {source} in {made}" in said
-    assert f"diffusion: starts from {source}" in said
     assert f"autoencoder: taken from {source}" in said
     theirs, ours = (ldm_jax.load(run) for run in (made, workdir))
+    assert ours.factors is not None and theirs.factors is None
     first = (model.first_stage.params for model in (theirs, ours))
     jax.tree.map(np.testing.assert_array_equal, *first)
 
@@ -60,7 +61,18 @@ def test_a_file_is_trained_from_by_its_name(source, tmp_path, capsys, monkeypatc
     origin.make(config, tmp_path / "other")
     shutil.rmtree(made)
     origin.make(config, workdir)
-    assert loop.train(_config(source, tmp_path), workdir)
+    again = _config(source, tmp_path, "diffusion_stage.lora.rank=2")
+    assert loop.train(again, workdir)
+
+
+def test_a_changed_file_is_another_run(source, tmp_path):
+    config = _config(source, tmp_path)
+    first = origin.run_of(config, "init_from")
+    assert first == origin.run_of(config, "init_from")
+    os.utime(source, ns=(1, 1))
+    other = origin.run_of(config, "init_from")
+    config.diffusion.parameterization = "eps"
+    assert len({first, other, origin.run_of(config, "init_from")}) == 3
 
 
 def test_a_model_of_other_nets_is_recognised(source, tmp_path, monkeypatch):
