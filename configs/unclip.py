@@ -4,8 +4,8 @@
 
 trains on emoji in minutes on 2 CPU cores. Its embedding is the run's own first stage,
 averaged over quarters of the picture, since CLIP's image tower can't be had offline.
-`unclip_h` and `unclip_l` are Stable Diffusion's, `karlo_decoder` and `karlo_sr` those
-on pixels; they have not been trained here yet.
+`unclip_h` and `unclip_l` are Stable Diffusion's, `karlo_decoder` and `karlo_sr` are
+Karlo's, on pixels; none of the four has been trained here yet.
 """
 
 from ml_collections import ConfigDict
@@ -76,6 +76,7 @@ def karlo_decoder() -> ConfigDict:
     """
     config = _karlo(64)
     config.conditioners.update(defaults.karlo_texts())
+    # Vectors are joined in the order of names, and the net takes the picture's first.
     config.conditioners.picture = ConfigDict(
         dict(
             kind="clip_image",

@@ -10,7 +10,7 @@ from ldm_jax.nets import layers
 class ClipProjections(nn.Module):
     """Embeddings to context and to what joins the timestep embedding.
 
-    The text's tokens [b, s, d] and y [b, 2d], its pooled vector and the picture's, give
+    The text's tokens [b, s, d] and y [b, 2d], the picture's vector and the text's, give
     context [b, tokens + s, context_dim] and a vector [b, width] float32. The picture is
     the first `tokens` of the context, and is added to the timestep as the text is. A
     picture of zeros is no picture: a learned one is in its place (`UnCLIPTextProjModel`
@@ -24,7 +24,7 @@ class ClipProjections(nn.Module):
 
     @nn.compact
     def __call__(self, context: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        text, picture = jnp.split(y.astype(jnp.float32), 2, axis=-1)
+        picture, text = jnp.split(y.astype(jnp.float32), 2, axis=-1)
         null = self.param("null", nn.initializers.normal(0.02), picture.shape[1:])
         there = jnp.any(picture != 0, axis=-1, keepdims=True)
         picture = jnp.where(there, picture, null[None])

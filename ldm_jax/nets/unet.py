@@ -24,7 +24,7 @@ class UNet(nn.Module):
     `y` is: a class id (int), a scalar [b, 1] ("continuous"), a vector [b,
     adm_in_channels] ("sequential"), a scalar [b] for a sinusoid ("timestep"), a vector
     [b, 4·model_channels] that joins the timestep's as it is ("added"), or CLIP's
-    vectors of text and picture [b, adm_in_channels] ("clip": see clip_projections.py).
+    vectors of picture and text [b, adm_in_channels] ("clip": see clip_projections.py).
     With `added_kv` attention has no transformer around it, and the context joins its
     keys and values, as in GLIDE; where a token of it is zeros there is none.
     `n_embed` makes it predict logits of codebook ids. `use_linear_in_transformer` and
@@ -206,6 +206,13 @@ class UNet(nn.Module):
             raise ValueError(
                 f"{has} was given, but num_classes={self.num_classes!r} {needs}"
             )
+        width = self.abstract_inputs().get("y")
+        known = isinstance(self.num_classes, int) or self.num_classes in LABELS
+        if y is not None and known and y.shape[1:] != width.shape[1:]:
+            raise ValueError(
+                f"y is {list(y.shape[1:])} a row, but num_classes={self.num_classes!r}"
+                f" takes {list(width.shape[1:])}; see adm_in_channels"
+            )
         if self.num_classes == "clip" and not self.added_kv:
             raise ValueError("num_classes 'clip' makes tokens, so it needs added_kv")
         if (context is None) == (self.use_spatial_transformer or self.added_kv):
@@ -229,7 +236,10 @@ class UNet(nn.Module):
         widths = tuple(c.shape[-1] for c in context) if many else context.shape[-1]
         wanted = self._context_dims() if many else self._width_of_context()
         if widths != wanted:
-            raise ValueError(f"context has width {widths}, but context_dim is {wanted}")
+            name = "context_dim"
+            if self.num_classes == "clip":
+                name = "half of adm_in_channels"
+            raise ValueError(f"context has width {widths}, but {name} is {wanted}")
 
     def _embed(self, t: jax.Array, y: jax.Array | None) -> jax.Array:
         """Embeds timestep and y, in float32: small, and every block depends on it."""
@@ -256,11 +266,6 @@ class UNet(nn.Module):
             raise ValueError(
                 f"num_classes {self.num_classes!r}; choose an int, or one of"
                 f" {', '.join(LABELS)}"
-            )
-        elif y.shape[-1] != self.adm_in_channels:
-            raise ValueError(
-                f"y has width {y.shape[-1]}, but adm_in_channels is"
-                f" {self.adm_in_channels}"
             )
         return emb + mlp(y, "label_embed")
 

@@ -135,7 +135,7 @@ def test_projections_are_diffusers_s():
             do_classifier_free_guidance=True,
         )
     pictures = np.concatenate([np.zeros_like(picture), picture])
-    y = np.concatenate([np.concatenate([text, text]), pictures], axis=-1)
+    y = np.concatenate([pictures, np.concatenate([text, text])], axis=-1)
     net = clip_projections.ClipProjections(context_dim=24, width=20)
     ours = net.apply({"params": params}, np.concatenate([tokens, tokens]), y)
     for a, b in zip(ours, expected, strict=True):

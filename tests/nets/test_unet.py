@@ -240,7 +240,7 @@ def test_context_may_join_plain_attention_in_any_dtype():
         (
             TINY | dict(num_classes="sequential", adm_in_channels=7),
             dict(y=jnp.zeros((1, 6))),
-            "y has width 6, but adm_in_channels is 7",
+            r"y is \[6\] a row, but num_classes=.sequential. takes \[7\]",
         ),
         (
             TINY | dict(num_classes="other"),
