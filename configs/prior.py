@@ -60,6 +60,7 @@ def karlo() -> ConfigDict:
             embed_dim=768,
         )
     )
+    config.diffusion_stage.optim.learning_rate = 1.1e-4
     config.autoencoder_stage.optim.train_only = "decoder|post_quant_conv|logvar"
     config.conditioners.update(defaults.karlo_texts())
     config.diffusion.update(dict(schedule="squaredcos_cap_v2", parameterization="x0"))

@@ -62,24 +62,18 @@ def load(model: model_lib.LatentDiffusion, workdir: pathlib.Path) -> dict[str, A
     return params
 
 
-def start_first_stage(config: ml_collections.ConfigDict, fresh: Any) -> Any:
-    """`fresh` params of stage one, but for its tower's: those of `autoencoder.weights`.
-
-    UserError where there are none.
-    """
+def load_tower(config: ml_collections.ConfigDict, net: Any) -> dict[str, Any]:
+    """Params of a first stage's tower, of which `autoencoder.weights` says where."""
     source = config.autoencoder.get("weights")
-    net = model_lib.build_autoencoder(config)
     if source is None:
         raise UserError(
             "autoencoder.weights: None, but its tower is not trained; set it to a file,"
             " a folder or a hub id of CLIP's"
         )
     try:
-        state_dict = read(source, "autoencoder.weights")
-        tower = towers.params_of(net.tower, state_dict)
+        return towers.params_of(net.tower, read(source, "autoencoder.weights"))
     except ValueError as error:
         raise UserError(f"autoencoder.weights: {source!r}: {error}") from error
-    return {**fresh, "autoencoder": {**fresh["autoencoder"], "tower": tower}}
 
 
 def write(workdir: pathlib.Path, params: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.diffusion import denoiser, edm, guidance, schedules, tiling
 from ldm_jax.nets import autoencoder, clip_autoencoder, encoder_unet, prior, unet
 
+FIRST_STAGES = autoencoder.KINDS | {"clip": clip_autoencoder.ClipAutoencoder}
 # What `unet.kind` may name: (net, its variants).
 DENOISERS = {
     "unet": (unet.UNet, unet.VARIANTS),
@@ -72,9 +73,8 @@ def build_autoencoder(config: ml_collections.ConfigDict) -> nn.Module:
     """The first stage of `config.autoencoder`, checked against `config.resolution`."""
     kwargs = kwargs_of("autoencoder", config.autoencoder, autoencoder.VARIANTS)
     kind = kwargs.pop("kind", "kl")
-    kinds_of = autoencoder.KINDS | {"clip": clip_autoencoder.ClipAutoencoder}
-    if kind not in kinds_of:
-        raise UserError(f"autoencoder.kind: {kind!r}; {nearest(kind, kinds_of)}")
+    if kind not in FIRST_STAGES:
+        raise UserError(f"autoencoder.kind: {kind!r}; {nearest(kind, FIRST_STAGES)}")
     if kind == "clip":
         kwargs.pop("weights", None)  # where training begins, see frozen.py
         kwargs["tower"] = pictures.clip_tower(kwargs.get("tower", {}))
@@ -82,7 +82,7 @@ def build_autoencoder(config: ml_collections.ConfigDict) -> nn.Module:
         kwargs["remap"] = read_remap(kwargs["remap"], kwargs["n_embed"])
     if kind != "identity":
         kwargs["dtype"] = compute_dtype(config.dtype)
-    net = construct("autoencoder", kinds_of[kind], kwargs)
+    net = construct("autoencoder", FIRST_STAGES[kind], kwargs)
     factor = first_stage.downsampling(net)
     if config.resolution % factor:
         near = config.resolution // factor * factor or factor

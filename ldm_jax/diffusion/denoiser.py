@@ -32,6 +32,11 @@ class WithVariance:
         return self.predict(z_t, t)[:2]
 
 
+def split_variance(out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(prediction, v), each [b, …, c], of a net's output [b, …, 2c]."""
+    return tuple(jnp.split(out, 2, axis=-1))
+
+
 def seeing(
     denoise: Denoise, look: Callable[[jax.Array, jax.Array], jax.Array]
 ) -> Denoise:
@@ -198,7 +203,7 @@ def make_denoiser(
         copies = jnp.concatenate([z_t] * n), jnp.concatenate([t] * n)
         out, v = apply(*copies, stacked).astype(jnp.float32), None
         if learned_variance:
-            out, v = jnp.split(out, 2, axis=-1)
+            out, v = split_variance(out)
             v = jnp.split(v, n)[-1]
         if n == 1:
             return out, v

@@ -21,11 +21,6 @@ def bounds(schedule: schedules.Schedule) -> tuple[np.ndarray, np.ndarray]:
     return np.log(np.append(lower[:1], lower)), np.log(schedule.betas)
 
 
-def split(out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(prediction, v), each [b, …, c], of a net's output [b, …, 2c]."""
-    return tuple(jnp.split(out, 2, axis=-1))
-
-
 def log_variance(
     v: jax.Array, lower: jax.Array | float, upper: jax.Array | float
 ) -> jax.Array:

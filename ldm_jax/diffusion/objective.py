@@ -146,7 +146,7 @@ def diffusion_loss(
     z_t = denoiser.q_sample(schedule, z, t, eps)
     out, v = apply(z_t, t, cond).astype(jnp.float32), None
     if learned_variance:
-        out, v = variance.split(out)
+        out, v = denoiser.split_variance(out)
     target = denoiser.target(parameterization, schedule, z, t, eps)
     simple = mean_error(out - target, loss_type)
     weights = schedules.lvlb_weights(schedule, parameterization)

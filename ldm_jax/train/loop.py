@@ -432,10 +432,12 @@ def train(
         encoders = frozen_lib.load(model, workdir)
         if config.get("init_from"):
             base = finetune.prepare(config, model, workdir)
-    finished = checkpoint.Checkpoints(workdir / "autoencoder").finished()
-    taken = handover.is_taken(config)
-    if "autoencoder" in config.stages and not finished and not taken:
+    first = checkpoint.Checkpoints(workdir / "autoencoder")
+    taken, tower = handover.is_taken(config), None
+    if "autoencoder" in config.stages and not first.finished() and not taken:
         frozen = step_autoencoder.load_frozen(config)
+        if not first.steps():
+            tower = step_autoencoder.load_tower(config, net)
     plan(config, net, model, len(train_source))
     open_workdir(workdir, config, tokenizer_of)
     if model is not None and jax.process_index() == 0:
@@ -450,7 +452,7 @@ def train(
             continue
         if name == "autoencoder":
             stage = step_autoencoder.make_stage(
-                config, net, train_source, heldout_source, mesh, frozen
+                config, net, train_source, heldout_source, mesh, frozen, tower
             )
         else:
             kind = step_diffusion if name == "diffusion" else step_classifier

@@ -64,6 +64,8 @@ def check(
         raise UserError(
             f"autoencoder_stage.loss.pixel_loss: {section.loss.pixel_loss!r}; {hint}"
         )
+    if isinstance(net, clip_autoencoder.ClipAutoencoder):
+        _check_tower(config, net)
     disc = make_discriminator(config, mesh)
     if disc is None:
         return
@@ -89,6 +91,34 @@ def load_frozen(config: ml_collections.ConfigDict) -> dict[str, Any]:
         "lpips_heads", settings.lpips_heads, option=f"{prefix}.lpips_heads"
     )
     return {"lpips": pretrained.lpips_params(vgg, heads)}
+
+
+def load_tower(config: ml_collections.ConfigDict, net: nn.Module) -> Any:
+    """The params of the net's frozen tower; None where it has none."""
+    if not isinstance(net, clip_autoencoder.ClipAutoencoder):
+        return None
+    return frozen_lib.load_tower(config, net)
+
+
+def _with_tower(tower: Any, fresh: Any) -> Any:
+    return {**fresh, "autoencoder": {**fresh["autoencoder"], "tower": tower}}
+
+
+def _check_tower(config: ml_collections.ConfigDict, net: nn.Module) -> None:
+    """Raises UserError for a tower of another width, or one that would be trained."""
+    pattern = config.autoencoder_stage.optim.get("train_only")
+    init = partial(model_lib.init_autoencoder, config, net)
+    try:
+        params, _ = jax.eval_shape(init, jax.random.key(0))
+    except ValueError as error:  # what a net says of its own options
+        raise UserError(f"autoencoder: {str(error).splitlines()[0]}") from error
+    kinds = optim.labels(pattern or "", params)
+    if "train" in jax.tree.leaves(kinds["autoencoder"]["tower"]):
+        raise UserError(
+            f"autoencoder_stage.optim.train_only: {pattern!r} trains the tower, whose"
+            " embeddings are to stay CLIP's; set it to"
+            " 'decoder|post_quant_conv|logvar'"
+        )
 
 
 def make_step(
@@ -206,8 +236,12 @@ def make_stage(
     heldout_source: sources.Source,
     mesh: jax.sharding.Mesh,
     frozen: Any,
+    tower: Any = None,
 ) -> stage_lib.Stage:
-    """The stage of `config.autoencoder_stage`; `frozen` is `load_frozen(config)`."""
+    """The stage of `config.autoencoder_stage`; `frozen` is `load_frozen(config)`.
+
+    `tower` are the params that a fresh net's tower is given, see `load_tower`.
+    """
     section = config.autoencoder_stage
     batch_size = stage_lib.batch_size(section, config)
     tx, schedule = optim.make_optimizer(section.optim, section.steps, batch_size)
@@ -262,9 +296,6 @@ def make_stage(
             )
         }
 
-    start = None
-    if isinstance(net, clip_autoencoder.ClipAutoencoder):
-        start = partial(frozen_lib.start_first_stage, config)
     return stage_lib.Stage(
         name=NAME,
         section=section,
@@ -280,5 +311,5 @@ def make_stage(
         panels=panels,
         summarize=autoencoder_loss.summarize,
         finish=finish,
-        start=start,
+        start=None if tower is None else partial(_with_tower, tower),
     )

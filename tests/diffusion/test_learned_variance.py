@@ -129,7 +129,7 @@ def test_the_loss_is_the_simple_one_and_the_weighted_bound():
         jax.random.key(0),
         **given,
     )
-    out, v = learned_variance.split(_net(z_t, t, cond))
+    out, v = denoiser.split_variance(_net(z_t, t, cond))
     terms = learned_variance.bound_terms(SCHEDULE, "eps", out, v, z, z_t, t)
     np.testing.assert_allclose(loss, plain + terms.mean(), rtol=1e-5)  # 0.01 T = 1
     total, count = metrics["loss_variance"]

@@ -87,7 +87,7 @@ def test_what_is_predicted_stays_within_ten_stds(tower):
     [
         (dict(weights=None), "autoencoder.weights: None, but its tower is not trained"),
         (dict(weights="/no/where"), "autoencoder.weights: no file or folder"),
-        (dict(embed_dim=8), "unet.out_channels: 12, but .* latent has 8 channels"),
+        (dict(embed_dim=8), "autoencoder: embed_dim 8 is not the tower's .* 12"),
     ],
 )
 def test_towers_that_are_none(tower, tmp_path, changes, words):
@@ -96,6 +96,17 @@ def test_towers_that_are_none(tower, tmp_path, changes, words):
         config.autoencoder.update(changes)
     with pytest.raises(UserError, match=words):
         loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("pattern", [None, "decoder|tower"])
+def test_a_tower_is_not_trained(tower, tmp_path, pattern):
+    config = _config(tower[2])
+    with config.autoencoder_stage.ignore_type():
+        config.autoencoder_stage.optim.train_only = pattern
+    with pytest.raises(UserError, match="train_only: .* trains the tower, whose"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_context_of_another_length_is_named():
