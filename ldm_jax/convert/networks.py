@@ -202,8 +202,9 @@ def _module(kind, layout, state, config) -> nn.Module:
                 config["use_new_attention_order"] = True  # as `pack` has them
     readers = {
         "unet": read_unet.unet_of,
-        "prior": prior.prior_of,
-        "t5": text_encoders.t5_of,
+        "prior": read_config.prior_of,
+        "t5": read_config.t5_of,
+        "ldm_bert": read_config.ldm_bert_of,
         "classifier": read_unet.classifier_of,
         "autoencoder": read_config.autoencoder_of,
         "bert": read_config.bert_of,
@@ -216,8 +217,6 @@ def _module(kind, layout, state, config) -> nn.Module:
         "clip_text": read_config.clip_text_of,
         "clip_vision": read_config.clip_vision_of,
     }
-    if (kind, layout) == ("bert", "diffusers"):
-        return text_encoders.ldm_bert_of(shapes, config)
     if kind in towers_of:
         return towers_of[kind](shapes, config, layout)
     return readers[kind](shapes, config)

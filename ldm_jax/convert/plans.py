@@ -7,7 +7,7 @@ under unprefixed torch keys (no `model.diffusion_model.` etc.).
 
 import concurrent.futures
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import flax
@@ -83,6 +83,15 @@ def plain_layout(path: str, ndim: int) -> Layout:
     if not path.endswith("/kernel"):
         return AS_IS
     return LINEAR if ndim == 2 else CONV
+
+
+def plain_rules(
+    shapes: Mapping[str, tuple[int, ...]], table: Mapping[str, str]
+) -> Iterator[Rule]:
+    """A rule of every param, in torch's usual layout, under what `table` calls it."""
+    for path, shape in shapes.items():
+        key = rename(path, LEAVES | table)
+        yield Rule(path, key, plain_layout(path, len(shape)))
 
 
 def abstract_params(net: nn.Module, *args, **kwargs) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,8 @@ or transformers. What neither tells is as in the released models:
 - picture towers have 16 heads at the widths of ViT-L, H, g and G, else 64 wide ones,
   and the exact GELU but at ViT-L's and ViT-B's widths;
 - an autoencoder's attention is vanilla, its norms have 32 groups;
-- BERT's heads are 64 wide; DPT-hybrid's too, its taps are layers 8 and 11 of 12.
+- heads of BERT, LDMBert and a prior are 64 wide; DPT-hybrid's too, its taps are
+  layers 8 and 11 of 12.
 """
 
 import math
@@ -16,15 +17,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import diffusers
+from ldm_jax.convert import diffusers, text_encoders
 from ldm_jax.nets import (
     autoencoder,
     clip_vision,
     discriminator,
     dpt,
     embedders,
+    prior,
     text_encoder,
 )
+from ldm_jax.nets import t5 as t5_net
 
 Shapes = Mapping[str, tuple[int, ...]]
 Config = Mapping[str, Any]
@@ -208,6 +211,52 @@ def bert_of(shapes: Shapes, config: Config) -> text_encoder.TextTransformer:
     )
 
 
+def ldm_bert_of(shapes: Shapes, config: Config) -> text_encoder.TextTransformer:
+    """The encoder whose arrays have these shapes; its heads are 64 wide unless told."""
+    act = config.get("activation_function", "gelu")
+    if act != "gelu":
+        raise UserError(f"activation_function: {act!r} is not computed here; only gelu")
+    inner = _shape(shapes, "model.layers.0.self_attn.q_proj.weight")[0]
+    heads = config.get("encoder_attention_heads") or inner // 64
+    if not heads or inner % heads:
+        raise UserError(
+            f"encoder_attention_heads: {heads} can't share {inner}; give it"
+        )
+    vocabulary, dim = _shape(shapes, "model.embed_tokens.weight")
+    return text_encoder.TextTransformer(
+        vocabulary,
+        _shape(shapes, "model.embed_positions.weight")[0],
+        dim,
+        _count(shapes, r"model\.layers\.(\d+)\."),
+        heads=heads,
+        dim_head=inner // heads,
+    )
+
+
+def t5_of(shapes: Shapes, config: Config) -> t5_net.T5Encoder:
+    """The encoder whose arrays have these shapes; heads are told by its bias."""
+    act = config.get("feed_forward_proj", "gated-gelu")
+    if act not in ("gated-gelu", "relu"):
+        raise UserError(
+            f"feed_forward_proj: {act!r} is not computed here; only gated-gelu or relu"
+        )
+    vocabulary, dim = _shape(shapes, "shared.weight")
+    buckets, heads = _shape(shapes, text_encoders.T5_BIAS)
+    query = "encoder.block.0.layer.0.SelfAttention.q.weight"
+    dense = "encoder.block.0.layer.1.DenseReluDense"
+    return t5_net.T5Encoder(
+        vocabulary,
+        dim,
+        _count(shapes, r"encoder\.block\.(\d+)\."),
+        heads,
+        _shape(shapes, query)[0] // heads,
+        _shape(shapes, f"{dense}.wo.weight")[1],
+        gated=f"{dense}.wi_0.weight" in shapes,
+        num_buckets=buckets,
+        max_distance=config.get("relative_attention_max_distance", 128),
+    )
+
+
 def clip_text_of(
     shapes: Shapes, config: Config, layout: str
 ) -> text_encoder.CLIPTextTransformer:
@@ -357,3 +406,30 @@ def discriminator_of(
     # The last convolution is number 3 n_layers + 2.
     layers = (_count(shapes, r"main\.(\d+)\.") - 3) // 3
     return discriminator.PatchDiscriminator(in_channels, ndf, layers, norm)
+
+
+# --- what draws embeddings
+
+
+def prior_of(shapes: Shapes, config: Config) -> prior.PriorTransformer:
+    """The prior whose arrays have these shapes; heads are 64 wide unless told."""
+    for key in ("norm_in.weight", "embedding_proj_norm.weight"):
+        if key in shapes:
+            raise UserError(f"{key}: a prior with that norm is not computed here")
+    width, channels = _shape(shapes, "proj_in.weight")
+    heads = config.get("num_attention_heads") or width // 64
+    query = "prd_embedding" in shapes
+    tokens = _shape(shapes, "positional_embedding")[1]
+    length = config.get("num_embeddings", tokens - 3 - query)
+    return prior.PriorTransformer(
+        in_channels=channels,
+        out_channels=_shape(shapes, "proj_to_clip_embeddings.weight")[0],
+        context_dim=_shape(shapes, "encoder_hidden_states_proj.weight")[1],
+        context_length=length,
+        positions=tokens - length - 2 - query,
+        vector_dim=_shape(shapes, "embedding_proj.weight")[1],
+        depth=_count(shapes, r"transformer_blocks\.(\d+)\."),
+        heads=heads,
+        dim_head=width // heads,
+        query=query,
+    )

@@ -118,7 +118,7 @@ def class_embedder_plan(net: embedders.ClassEmbedder) -> plans.Plan:
     """The plan of a class embedder."""
     shapes = plans.abstract_params(net, jax.ShapeDtypeStruct([1], jnp.int32))
     table = {"embed": "", "embedding": "embedding.weight"}
-    return plans.Plan(list(_rules(shapes, table)), shapes)
+    return plans.Plan(list(plans.plain_rules(shapes, table)), shapes)
 
 
 def rescaler_plan(net: embedders.SpatialRescaler, channels: int) -> plans.Plan:
@@ -130,7 +130,7 @@ def rescaler_plan(net: embedders.SpatialRescaler, channels: int) -> plans.Plan:
         rule._replace(layout=plans.POINTWISE_2D)
         if rule.layout is plans.LINEAR
         else rule
-        for rule in _rules(shapes, {})
+        for rule in plans.plain_rules(shapes, {})
     ]
     return plans.Plan(rules, shapes)
 
@@ -139,13 +139,6 @@ def mapped_channels(state_dict: Mapping[str, np.ndarray]) -> int:
     """What a spatial rescaler takes in, which only its weights tell."""
     mapper = state_dict.get("channel_mapper.weight")
     return 1 if mapper is None else np.shape(mapper)[1]
-
-
-def _rules(shapes, table):
-    leaves = {"kernel": "weight", "scale": "weight"}
-    for path, shape in shapes.items():
-        key = plans.rename(path, leaves | table)
-        yield plans.Rule(path, key, plans.plain_layout(path, len(shape)))
 
 
 def _under(state_dict, prefix):

@@ -34,8 +34,8 @@ def _agree(ours, theirs):
     np.testing.assert_allclose(ours / scale, theirs / scale, atol=ATOL)
 
 
-@pytest.mark.parametrize("gated", [True, False])
-def test_t5_is_that_of_transformers(gated):
+def small_t5(gated):
+    """An encoder of transformers with random weights."""
     config = transformers.T5Config(
         vocab_size=50,
         d_model=24,
@@ -47,7 +47,12 @@ def test_t5_is_that_of_transformers(gated):
         relative_attention_num_buckets=8,
         relative_attention_max_distance=20,
     )
-    reference = _random(transformers.T5EncoderModel(config))
+    return _random(transformers.T5EncoderModel(config))
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_t5_is_that_of_transformers(gated):
+    reference = small_t5(gated)
     net = t5.T5Encoder(50, 24, 3, 4, 8, 40, gated=gated, num_buckets=8, max_distance=20)
     weights = _state_dict(reference)
     params = towers.params_of(net, weights)
