@@ -83,7 +83,7 @@ def folder() -> ConfigDict:
     """Your own pictures: --config.data.options.path=DIR; see the README on captions."""
     config = openmoji()
     config.data.source = "folder"
-    config.data.options = ConfigDict(dict(path="", heldout_percent=5))
+    config.data.options = ConfigDict(dict(path="", heldout_percent=5, caption=None))
     config.data.heldout_split = "heldout"
     config.data.ops = (
         ("resize", {"size": config.resolution}),

@@ -146,6 +146,13 @@ def both_stages() -> ConfigDict:
             init_from=None,  # a LoRA's file, whose factors are trained on
         )
     )
+    config.diffusion_stage.preserve = ConfigDict(  # DreamBooth's prior preservation
+        dict(
+            prompt=None,  # what init_from draws, to be trained on beside the data
+            pictures=None,  # None draws 200
+            weight=None,  # of their loss; None is 1
+        )
+    )
     config.diffusion_stage.loss = ConfigDict(
         dict(
             loss_type="l2",  # l2 | l1

@@ -134,13 +134,16 @@ def openmoji_scenes(
     )
 
 
-def folder(split: str, *, path: str, heldout_percent: int = 5) -> Source:
+def folder(
+    split: str, *, path: str, heldout_percent: int = 5, caption: str | None = None
+) -> Source:
     """Pictures (png, jpg, webp) under a directory, at any depth.
 
     Captions come from `metadata.jsonl` in the directory, one line a picture,
     {"file_name": ..., "text": ...}, which then also says what belongs to the set; else
     from a .txt beside each picture; else from the file's name. Where every picture lies
-    in a subdirectory, `label` numbers the first-level ones in alphabetical order.
+    in a subdirectory, `label` numbers the first-level ones in alphabetical order. A
+    `caption` is that of all pictures instead: of one thing, which it gives a name.
 
     Splits `train` and `heldout`, by a hash of the file name, so a picture stays on its
     side when others come or go; `all` is both.
@@ -170,7 +173,7 @@ def folder(split: str, *, path: str, heldout_percent: int = 5) -> Source:
         )
     fields = {
         "image": np.array([str(root / name) for name in names]),
-        "caption": np.array([captions[name] for name in names], object),
+        "caption": np.array([caption or captions[name] for name in names], object),
     }
     if has_labels:
         labels = [first_level.index(name.partition("/")[0]) for name in names]

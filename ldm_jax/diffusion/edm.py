@@ -108,13 +108,14 @@ def sigma_loss(
     sigma: jax.Array | None = None,
     eps: jax.Array | None = None,
     mask: jax.Array | None = None,
+    weight: jax.Array | None = None,
 ) -> tuple[jax.Array, objective.Metrics]:
     """The loss [] of latents `z` [b, …] over noise levels, with metrics.
 
     ln sigma is normal with `log_mean` and `log_std` (Karras et al. 2022, table 1), and
-    the quartiles of the metrics are those of that distribution; for these and `mask`
-    see `objective.diffusion_loss`. `sigma` [b] and `eps` are drawn from `key` unless
-    given.
+    the quartiles of the metrics are those of that distribution; for these, `mask` and
+    `weight` see `objective.diffusion_loss`. `sigma` [b] and `eps` are drawn from `key`
+    unless given.
     """
     sigma_key, eps_key = jax.random.split(key)
     z = z.astype(jnp.float32)
@@ -127,6 +128,8 @@ def sigma_loss(
     x0_hat = denoised(z + denoiser.per_example(sigma, z) * eps, sigma, cond)
     simple = objective.mean_error(x0_hat - z, loss_type)
     loss = loss_weights(weighting, sigma, sigma_data) * simple
+    if weight is not None:
+        loss *= weight
     place = jax.scipy.stats.norm.cdf((jnp.log(sigma) - log_mean) / log_std)
     last = objective.QUARTILES - 1
     quartile = jnp.minimum((place * objective.QUARTILES).astype(jnp.int32), last)

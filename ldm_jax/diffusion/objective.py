@@ -112,6 +112,7 @@ def diffusion_loss(
     t: jax.Array | None = None,
     eps: jax.Array | None = None,
     mask: jax.Array | None = None,
+    weight: jax.Array | None = None,
     learned_variance: bool = False,
     variance_weight: float = 1e-3,
 ) -> tuple[jax.Array, Metrics]:
@@ -126,7 +127,8 @@ def diffusion_loss(
     variance_weight T `learned_variance.bound_terms` is added (Nichol & Dhariwal 2021,
     eq. 16; T times a drawn term stands for the sum over all).
     `t` int32 [b] and `eps` are drawn from `key`, see `draw_timesteps` and `draw_noise`,
-    unless given. `mask` [b] is 0 on the rows that pad the batch; the rest are averaged.
+    unless given. `mask` [b] is 0 on the rows that pad the batch; the rest are averaged,
+    each example's loss times its `weight` [b], if any.
 
     Metrics: loss, loss_simple, loss_vlb, loss_variance where v is learned (bits per
     dimension), and the loss by quartile of the timesteps,
@@ -163,7 +165,7 @@ def diffusion_loss(
         given = (parameterization, out, v, z, z_t, t)
         values["loss_variance"] = variance.bound_terms(schedule, *given)
         loss += variance_weight * steps * values["loss_variance"]
-    values["loss"] = loss
+    values["loss"] = loss if weight is None else weight * loss
     return pooled(values, "loss", t * QUARTILES // steps, mask)
 
 

@@ -30,6 +30,7 @@ from ldm_jax.train import (
     handover,
     optim,
     origin,
+    preserve,
     report,
     sharding,
     step_autoencoder,
@@ -425,6 +426,7 @@ def train(
                 check_data.field(name, field, train_source)
                 check_data.field(name, field, heldout_source)
         check_data.ops(config, model)
+        preserve.check(config, model)
         if "classifier" in config.stages:
             for source in (train_source, heldout_source):
                 step_classifier.check_labels(config, model, source)
@@ -466,7 +468,9 @@ def train(
                 )
                 if jax.process_index() == 0:
                     workdir_lib.write_memory(workdir, first_stage.memory)
-            options = {"base": base} if name == "diffusion" else {}
+            options = {}
+            if name == "diffusion":
+                options = {"base": base, "kept": preserve.drawn(config, workdir)}
             stage = kind.make_stage(
                 config, model, first_stage, train_source, heldout_source, **options
             )

@@ -17,7 +17,7 @@ from ldm_jax.config import UserError, nearest
 from ldm_jax.data import pipeline, sources
 from ldm_jax.diffusion import edm, objective, schedules
 from ldm_jax.evaluate import run_report
-from ldm_jax.train import finetune
+from ldm_jax.train import finetune, preserve
 from ldm_jax.train import stage as stage_lib
 
 NAME = "diffusion"
@@ -77,6 +77,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
                 scaling=model.parameterization,
                 sigma_data=model.schedule.sigma_data,
                 mask=batch.get("_mask"),
+                weight=batch.get(preserve.WEIGHT),
                 **settings,
             )
         return objective.diffusion_loss(
@@ -88,6 +89,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
             parameterization=model.parameterization,
             logvar=params.get("logvar"),
             mask=batch.get("_mask"),
+            weight=batch.get(preserve.WEIGHT),
             learned_variance=model.learned_variance,
             **settings,
         )
@@ -220,20 +222,33 @@ def make_stage(
     train_source: sources.Source,
     heldout_source: sources.Source,
     base: Any = None,
+    kept: sources.Source | None = None,
 ) -> stage_lib.Stage:
     """The stage of `config.diffusion_stage` behind a finished first stage.
 
-    With `base` params only factors of low rank are trained, see lora.py.
+    With `base` params only factors of low rank are trained, see lora.py; what is `kept`
+    is trained on beside the data, see preserve.py.
     """
     section, ops = config.diffusion_stage, config.data.ops
-    prepared = []
-    for source in (train_source, heldout_source):
+
+    def columns(source):
         raw = run_report.raw_conditions(model, source, ops)
         fields = conditioning.prepare(model.conditioners, raw)
         if section.cache_latents:
             fields["moments"] = encode_source(model, first_stage, source, ops)
         else:
             fields["image"] = source.fields["image"]
+        return raw, fields
+
+    prepared = []
+    for source in (train_source, heldout_source):
+        raw, fields = columns(source)
+        if kept is not None and source is train_source:
+            fields = preserve.join(
+                fields, columns(kept)[1], section.preserve.weight or 1.0
+            )
+        elif kept is not None:
+            fields[preserve.WEIGHT] = np.ones(len(source), np.float32)
         example = _prepared_example(model, source)
         prepared.append(sources.Source(fields, source.attribution, example))
         if source is train_source:

@@ -94,6 +94,13 @@ def test_folder_captions_from_names_and_text_files(tmp_path):
     assert "label" not in source.fields
 
 
+def test_one_caption_for_a_folder(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"")
+    source = sources.load("folder", "all", path=str(tmp_path), caption="zwx cat")
+    assert source.fields["caption"].tolist() == ["zwx cat"] * 2
+
+
 def test_folder_captions_from_metadata(tmp_path):
     write_pictures(tmp_path, ["1.png", "2.png", "3.png"])
     rows = [{"file_name": f"{i}.png", "text": f"picture {i}"} for i in (1, 3)]
