@@ -17,8 +17,8 @@ import numpy as np
 
 from ldm_jax.config import UserError
 from ldm_jax.convert import diffusers as names
-from ldm_jax.convert import networks, plans, write_config
-from ldm_jax.nets import autoencoder, layers, text_encoder, unet
+from ldm_jax.convert import networks, plans, text_encoders, write_config
+from ldm_jax.nets import autoencoder, clip_vision, layers, t5, text_encoder, unet
 
 Variables = Mapping[str, Any]
 State = Mapping[str, np.ndarray]
@@ -138,6 +138,78 @@ def compare_clip_text(
     )
 
 
+def compare_clip_vision(
+    net: clip_vision.CLIPVisionTransformer,
+    variables: Variables,
+    *,
+    state_dict: State | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """A row for each block of CLIP's picture tower; as `compare_clip_text`."""
+    *_, transformers = libraries()
+    config = write_config.clip_vision_of(net)
+    side = net.image_size
+    x = _normal(np.random.default_rng(seed), 2, side, side, 3)
+    theirs = transformers.CLIPVisionModelWithProjection(
+        transformers.CLIPVisionConfig(**config)
+    )
+    _load(theirs, state_dict or networks.export_network(net, variables, "huggingface"))
+    return _rows(
+        networks.plan_of(net, "huggingface", variables["params"]).rules,
+        lambda keep: _ours(net, variables, keep, "__call__", x),
+        theirs,
+        lambda: theirs(_nchw(x)),
+    )
+
+
+def compare_t5(
+    net: t5.T5Encoder,
+    variables: Variables,
+    *,
+    state_dict: State | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """A row for each block of T5's encoder; as `compare_clip_text`."""
+    torch, _, transformers = libraries()
+    tokens = _tokens(net.vocab_size, 12, seed)
+    theirs = transformers.T5EncoderModel(
+        transformers.T5Config(**write_config.t5_of(net))
+    )
+    state = state_dict or networks.export_network(net, variables, "huggingface")
+    _load(theirs, text_encoders.with_shared(state))
+    return _rows(
+        networks.plan_of(net, "huggingface", variables["params"]).rules,
+        lambda keep: _ours(net, variables, keep, "__call__", tokens),
+        theirs,
+        lambda: theirs(torch.from_numpy(tokens).long()),
+    )
+
+
+def compare_bert(
+    net: text_encoder.TextTransformer,
+    variables: Variables,
+    *,
+    state_dict: State | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """A row for each block of LDM's text encoder; as `compare_unet`."""
+    torch, *_ = libraries()
+    from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as ldm
+
+    tokens = _tokens(net.vocab_size, net.max_seq_len, seed)
+    theirs = ldm.LDMBertModel(ldm.LDMBertConfig(**write_config.ldm_bert_of(net)))
+    state = state_dict or networks.export_network(net, variables, "diffusers")
+    # Of its training, which predicted the text: they are not computed.
+    spare = theirs.to_logits.state_dict(prefix="to_logits.")
+    _load(theirs, {**{k: v.numpy() for k, v in spare.items()}, **state})
+    return _rows(
+        networks.plan_of(net, "diffusers", variables["params"]).rules,
+        lambda keep: _ours(net, variables, keep, "__call__", tokens),
+        theirs,
+        lambda: theirs.model(torch.from_numpy(tokens).long()),
+    )
+
+
 def libraries() -> tuple[Any, Any, Any]:
     """torch, diffusers and transformers; UserError where one is missing."""
     try:
@@ -156,6 +228,10 @@ def libraries() -> tuple[Any, Any, Any]:
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.normal(size=shape).astype(np.float32)
+
+
+def _tokens(vocabulary: int, length: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocabulary, (2, length), np.int32)
 
 
 def _nchw(x: np.ndarray):
@@ -259,7 +335,10 @@ def _theirs(model: Any, blocks: Mapping[str, str], run: Callable[[], Any]):
     bare = _is_bare(model)
     handles = []
     for name, block in blocks.items():
-        module = model.get_submodule(_bare(name) if bare else name)
+        name = _bare(name) if bare else name
+        module = model.get_submodule(name)
+        if isinstance(module, torch.nn.ModuleList):  # which is never called itself
+            module = model.get_submodule(name.rpartition(".")[0])
         handles.append(module.register_forward_hook(hook(block)))
     with torch.no_grad():
         run()

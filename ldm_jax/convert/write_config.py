@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm_jax.config import UserError
 from ldm_jax.convert import diffusers
-from ldm_jax.nets import autoencoder, clip_vision, text_encoder, unet
+from ldm_jax.nets import autoencoder, clip_vision, t5, text_encoder, unet
 
 
 def _refuse(net: Any, faults: dict[str, str]) -> None:
@@ -328,4 +328,43 @@ def _tower(net: Any, depth: int) -> dict[str, Any]:
         "hidden_act": net.activation,
         "layer_norm_eps": 1e-5,
         "attention_dropout": 0.0,
+    }
+
+
+# --- T5, LDM's text encoder
+
+
+def t5_of(net: t5.T5Encoder) -> dict[str, Any]:
+    """config.json of T5EncoderModel."""
+    return {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "vocab_size": net.vocab_size,
+        "d_model": net.dim,
+        "d_kv": net.dim_head,
+        "d_ff": net.dim_ff,
+        "num_layers": net.depth,
+        "num_heads": net.heads,
+        "relative_attention_num_buckets": net.num_buckets,
+        "relative_attention_max_distance": net.max_distance,
+        "feed_forward_proj": "gated-gelu" if net.gated else "relu",
+        "dropout_rate": 0.0,
+    }
+
+
+def ldm_bert_of(net: text_encoder.TextTransformer) -> dict[str, Any]:
+    """config.json of LDMBertModel."""
+    return {
+        "architectures": ["LDMBertModel"],
+        "model_type": "ldmbert",
+        "vocab_size": net.vocab_size,
+        "max_position_embeddings": net.max_seq_len,
+        "d_model": net.dim,
+        "encoder_layers": net.depth,
+        "encoder_attention_heads": net.heads,
+        "head_dim": net.dim_head,
+        "encoder_ffn_dim": 4 * net.dim,
+        "activation_function": "gelu",
+        "dropout": 0.0,
+        "pad_token_id": 0,
     }

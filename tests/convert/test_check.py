@@ -10,7 +10,7 @@ from ldm_jax import check as of_runs
 from ldm_jax import convert, loaded
 from ldm_jax.config import UserError
 from ldm_jax.convert import check
-from ldm_jax.nets import autoencoder, text_encoder, unet
+from ldm_jax.nets import autoencoder, clip_vision, t5, text_encoder, unet
 from tests import runs
 
 diffusers = pytest.importorskip("diffusers")
@@ -33,6 +33,9 @@ PLAIN = UNET.clone(
 )
 KL = autoencoder.AutoencoderKL(ch=32, ch_mult=(1, 2), num_res_blocks=1)
 VQ = autoencoder.VQModel(ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=16)
+BERT = text_encoder.TextTransformer(50, 9, 16, 2, heads=3, dim_head=8)
+PICTURE = clip_vision.CLIPVisionTransformer(32, 8, 64, 2, 4, 24, "gelu")
+T5 = t5.T5Encoder(50, 16, 2, 4, 8, 24)
 TEXT = text_encoder.CLIPTextTransformer(50, 9, 64, depth=3, heads=4)
 
 
@@ -128,6 +131,32 @@ def test_the_blocks_that_a_text_tower_runs_are_compared(options, wanted):
 
 
 @pytest.mark.parametrize(
+    ("net", "compare", "wanted"),
+    [
+        (BERT, check.compare_bert, ["layer_0", "layer_1", "norm_out"]),
+        (T5, check.compare_t5, ["layer_0", "layer_1", "norm_out"]),
+        (T5.clone(gated=False), check.compare_t5, ["layer_0", "layer_1", "norm_out"]),
+        (
+            PICTURE,
+            check.compare_clip_vision,
+            ["patch", "norm_in", "layer_0", "layer_1", "norm_out", "projection"],
+        ),
+    ],
+)
+def test_other_towers_are_compared(net, compare, wanted):
+    picture = net is PICTURE
+    x = np.zeros((1, 32, 32, 3), np.float32) if picture else np.zeros((1, 9), np.int32)
+    variables = _variables(net, x)
+    rows = compare(net, variables)
+    _agree(rows)
+    assert [row.block for row in rows] == wanted
+    layout = "diffusers" if net is BERT else "huggingface"
+    state = convert.export_network(net, variables, layout)
+    variables["params"]["layer_1"]["ff_out"]["kernel"][0, 0] += 1.0
+    assert _wrong(compare(net, variables, state_dict=state))[0] == "layer_1"
+
+
+@pytest.mark.parametrize(
     ("path", "first"),
     [
         (("conv_in", "kernel"), "conv_in"),
@@ -185,7 +214,8 @@ def test_a_run_becomes_a_table(tmp_path, capsys):
     assert capsys.readouterr().out == table + "\n"
     assert "| autoencoder | decoder/conv_out |" in table
     assert "| unet | mid_attn |" in table
-    assert "not compared: there is no reference for a TextTransformer" in table
+    assert "| conditioners.text | layer_0 |" in table
+    assert "not compared" not in table
     assert "differs" not in table
 
 

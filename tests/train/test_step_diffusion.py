@@ -12,7 +12,7 @@ from ldm_jax import first_stage as first_stage_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.data import sources
-from ldm_jax.train import loop, stage, step_diffusion
+from ldm_jax.train import loop, preserve, stage, step_diffusion
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -43,6 +43,20 @@ def _batch(model, n=4):
 
 def _with_dropout(conditioners, rate):
     return {k: dataclasses.replace(c, dropout=rate) for k, c in conditioners.items()}
+
+
+def test_the_loss_of_an_example_is_weighted(setup):
+    config, model, first_stage, params = setup
+    loss = jax.jit(step_diffusion.make_loss(model, config.diffusion_stage))
+    batch, frozen = _batch(model), {"first_stage": first_stage}
+
+    def of(*weights):
+        rows = {preserve.WEIGHT: np.float32(weights)} if weights else {}
+        return loss(params, frozen, batch | rows, jax.random.key(0))[0]
+
+    parts = [of(*row) for row in np.eye(4)]
+    np.testing.assert_allclose(np.sum(parts), of(), rtol=1e-5)
+    np.testing.assert_allclose(of(0, 3, 0, 0), 3 * parts[1], rtol=1e-5)
 
 
 def test_a_dropped_caption_becomes_the_null_caption(setup):
