@@ -32,10 +32,12 @@ def names(model: model_lib.LatentDiffusion) -> list[str]:
     ]
 
 
-def check(model: model_lib.LatentDiffusion) -> None:
-    """Raises UserError for a frozen net that names no weights."""
+def check(
+    model: model_lib.LatentDiffusion, given: Mapping[str, Any] | None = None
+) -> None:
+    """Raises UserError for a frozen net that names no weights and isn't `given`."""
     for name in names(model):
-        if model.conditioners[name].weights is None:
+        if model.conditioners[name].weights is None and name not in (given or {}):
             raise UserError(
                 f"conditioners.{name}.trainable: False, but a frozen net needs weights;"
                 f" set conditioners.{name}.weights to a file, a folder or a hub id, or"
@@ -43,13 +45,23 @@ def check(model: model_lib.LatentDiffusion) -> None:
             )
 
 
-def load(model: model_lib.LatentDiffusion, workdir: pathlib.Path) -> dict[str, Any]:
-    """{name: params} of all frozen nets: the run's copies, else what configs name."""
+def load(
+    model: model_lib.LatentDiffusion,
+    workdir: pathlib.Path,
+    given: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """{name: params} of all frozen nets.
+
+    They are the run's copies, else those that are `given`, else what configs name.
+    """
     params = {}
     for name in names(model):
-        conditioner, path = model.conditioners[name], _path(workdir, name)
+        conditioner, path = model.conditioners[name], copy_path(workdir, name)
         if path.is_file():
             params[name] = read_params(path)
+            continue
+        if given and name in given:
+            params[name] = given[name]
             continue
         option = f"conditioners.{name}.weights"
         if conditioner.weights is None:
@@ -79,7 +91,7 @@ def load_tower(config: ml_collections.ConfigDict, net: Any) -> dict[str, Any]:
 def write(workdir: pathlib.Path, params: Mapping[str, Any]) -> None:
     """Stores the run's copies, each whole or not at all."""
     for name, tree in params.items():
-        write_params(_path(workdir, name), tree)
+        write_params(copy_path(workdir, name), tree)
 
 
 def write_params(path: pathlib.Path, params: Any) -> None:
@@ -125,5 +137,6 @@ def _find(source: str, option: str) -> pathlib.Path:
     return hub.weights(source, FILES, option)
 
 
-def _path(workdir: pathlib.Path, name: str) -> pathlib.Path:
+def copy_path(workdir: pathlib.Path, name: str) -> pathlib.Path:
+    """Where a run keeps the frozen net of the condition `name`."""
     return workdir / "conditioners" / f"{name}.safetensors"

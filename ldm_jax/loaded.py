@@ -379,7 +379,9 @@ def load(
     factors = None
     if lora.is_on(config):
         factors = params
-        base = frozen_lib.read_params(workdir_lib.base_path(workdir))
+        # A file of arrays has no place for conditions that are all frozen.
+        base = {"conditioners": {}}
+        base |= frozen_lib.read_params(workdir_lib.base_path(workdir))
         params = lora.merge(config.diffusion_stage.lora, base, params)
     classifier = None
     if "classifier" in config.stages and (workdir / "classifier").is_dir():

@@ -105,7 +105,7 @@ def add(
     base: Mapping[str, Any], factors: Mapping[str, Any], scale: float
 ) -> dict[str, Any]:
     """`base` params with `scale` times the products of the factors added."""
-    params = flax.traverse_util.flatten_dict(dict(base), sep="/")
+    params = flax.traverse_util.flatten_dict(dict(base), keep_empty_nodes=True, sep="/")
     flat = flax.traverse_util.flatten_dict(dict(factors), sep="/")
     for path in {name.rpartition("/")[0] for name in flat}:
         change = jnp.matmul(flat[f"{path}/a"], flat[f"{path}/b"])

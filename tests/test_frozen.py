@@ -49,14 +49,16 @@ def hugging_face(vocab, length=20, dim=32):
     return weights
 
 
-def _config(weights):
-    config = runs.debug()
-    config.conditioners.text.update(dict(trainable=False, weights=weights))
-    config.conditioners.text.net = CLIP | dict(vocab_size=2048)
-    return config
+def config(weights):
+    """The debug preset with a frozen tower of these weights."""
+    made = runs.debug()
+    made.conditioners.text.update(dict(trainable=False, weights=weights))
+    made.conditioners.text.net = CLIP | dict(vocab_size=2048)
+    return made
 
 
-def _write(folder, **changes):
+def write(folder, **changes):
+    """A folder with the tower that `hugging_face` draws; returns its path."""
     folder.mkdir(exist_ok=True)
     weights = {**hugging_face(2048), **changes}
     weights = {k: v for k, v in weights.items() if v is not None}
@@ -65,9 +67,9 @@ def _write(folder, **changes):
 
 
 def test_a_frozen_tower_trains_nothing_and_stays_with_the_run(tmp_path):
-    weights = _write(tmp_path / "clip")
-    config, workdir = _config(weights), tmp_path / "run"
-    assert loop.train(config, workdir)
+    weights = write(tmp_path / "clip")
+    own, workdir = config(weights), tmp_path / "run"
+    assert loop.train(own, workdir)
     (tmp_path / "clip" / "model.safetensors").unlink()  # the run has its own
     loaded = ldm_jax.load(workdir)
     assert "text" not in loaded.params["conditioners"]
@@ -78,11 +80,11 @@ def test_a_frozen_tower_trains_nothing_and_stays_with_the_run(tmp_path):
 
 
 def test_a_tower_is_read_from_every_place(tmp_path):
-    folder = _write(tmp_path / "clip")
-    model = runs.build(_config(folder))
+    folder = write(tmp_path / "clip")
+    model = runs.build(config(folder))
     ours = frozen.load(model, tmp_path / "none")["text"]
     file = tmp_path / "clip" / "model.safetensors"
-    again = frozen.load(runs.build(_config(str(file))), tmp_path / "none")["text"]
+    again = frozen.load(runs.build(config(str(file))), tmp_path / "none")["text"]
     jax.tree.map(np.testing.assert_array_equal, ours, again)
     whole = {
         f"cond_stage_model.transformer.{k}": v
@@ -90,7 +92,7 @@ def test_a_tower_is_read_from_every_place(tmp_path):
         if k.startswith("text_model.")
     } | {"first_stage_model.x": np.zeros(3, np.float32)}
     safetensors_numpy.save_file(whole, tmp_path / "sd.safetensors")
-    model = runs.build(_config(str(tmp_path / "sd.safetensors")))
+    model = runs.build(config(str(tmp_path / "sd.safetensors")))
     again = frozen.load(model, tmp_path / "none")["text"]
     jax.tree.map(np.testing.assert_array_equal, ours, again)
 
@@ -98,7 +100,7 @@ def test_a_tower_is_read_from_every_place(tmp_path):
 def test_a_tower_is_read_from_torch_s_files(tmp_path):
     """Also from a trainer's checkpoint, of whose other things nothing is built."""
     torch = pytest.importorskip("torch", reason="pip install -e '.[test,parity]'")
-    ours = frozen.load(runs.build(_config(_write(tmp_path / "a"))), tmp_path)["text"]
+    ours = frozen.load(runs.build(config(write(tmp_path / "a"))), tmp_path)["text"]
     tensors = {k: torch.from_numpy(v.copy()) for k, v in hugging_face(2048).items()}
     torch.save(tensors, tmp_path / "clip.bin")
     whole = {"state_dict": tensors, "trainer": argparse.Namespace(lr=1.0)}
@@ -107,7 +109,7 @@ def test_a_tower_is_read_from_torch_s_files(tmp_path):
     torch.save(tensors, tmp_path / "plain, with a comma.ckpt")
     torch.save([1, 2, 3], tmp_path / "list.pt")
     for name in ("clip.bin", "sd.ckpt", "wrapped.pt", "plain, with a comma.ckpt"):
-        model = runs.build(_config(str(tmp_path / name)))
+        model = runs.build(config(str(tmp_path / name)))
         again = frozen.load(model, tmp_path / "none")["text"]
         jax.tree.map(np.testing.assert_array_equal, ours, again)
     with pytest.raises(UserError, match="x: .*list.pt holds no dict of arrays"):
@@ -148,7 +150,7 @@ def test_dtypes_that_numpy_has_not(tmp_path, dtype, one):
     ],
 )
 def test_weights_that_are_not_there(tmp_path, weights, words):
-    model = runs.build(_config(weights))
+    model = runs.build(config(weights))
     with pytest.raises(UserError, match=words):
         frozen.check(model)
         frozen.load(model, tmp_path)
@@ -156,11 +158,11 @@ def test_weights_that_are_not_there(tmp_path, weights, words):
 
 def test_weights_that_do_not_fit(tmp_path):
     key = "text_model.final_layer_norm.bias"
-    missing = _write(tmp_path / "a", **{key: None})
-    other = _write(tmp_path / "b", **{key: np.zeros(7, np.float32)})
+    missing = write(tmp_path / "a", **{key: None})
+    other = write(tmp_path / "b", **{key: np.zeros(7, np.float32)})
     for folder, words in ((missing, f"missing {key}"), (other, f"{key} of shape .7,")):
         with pytest.raises(UserError, match=words):
-            frozen.load(runs.build(_config(folder)), tmp_path / "none")
+            frozen.load(runs.build(config(folder)), tmp_path / "none")
     (tmp_path / "c").mkdir()
     with pytest.raises(UserError, match="has no model.safetensors or"):
         frozen.read(str(tmp_path / "c"), "x")

@@ -1,10 +1,10 @@
 """Finetuning: stage two starts from what another run has trained.
 
-`--config.init_from=runs/openmoji` takes that run's averaged params, its tokenizers and,
-unless `autoencoder_from` names another, its first stage; of a released model a run is
-made first, see origin.py. Conditions that it does not
-have begin untrained, and the UNet's new input channels at zero, so that at first it
-draws as it did: a text-to-image model becomes one of inpainting or depth. With
+`--config.init_from=runs/openmoji` takes that run's averaged params, its tokenizers, its
+frozen nets that fit and, unless `autoencoder_from` names another, its first stage; of a
+released model a run is made first, see origin.py. Conditions that it does not have
+begin untrained, and the UNet's new input channels at zero, so that at first it draws as
+it did: a text-to-image model becomes one of inpainting or depth. With
 `--config.init_channels=tiled` the old channels are repeated for the new ones instead.
 """
 
@@ -22,6 +22,7 @@ from ldm_jax import frozen as frozen_lib
 from ldm_jax import lora
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
+from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.train import checkpoint, origin, report
 
@@ -51,6 +52,29 @@ def prepare(
             fresh = jax.eval_shape(lora.initializer(config, init), jax.random.key(0))
             lora.start(settings, model.unet, fresh)
     return load_base(config, workdir, shapes) if lora.is_on(config) else None
+
+
+def encoders(
+    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion
+) -> dict[str, Any]:
+    """{name: params} of the frozen nets that this model and that run both have."""
+    if not config.get("init_from"):
+        return {}
+    run, key = origin.run_of(config, "init_from"), jax.random.key(0)
+
+    def fresh():
+        def tools():
+            return model_lib.untrained_tools(config, model)
+
+        return conditioning.init(model.conditioners, key, tools)
+
+    shapes, found = jax.tree.map(np.shape, jax.eval_shape(fresh)), {}
+    for name in frozen_lib.names(model):
+        path = frozen_lib.copy_path(run, name)
+        params = frozen_lib.read_params(path) if path.is_file() else None
+        if params is not None and jax.tree.map(np.shape, params) == shapes[name]:
+            found[name] = params
+    return found
 
 
 def adopt_first_stage(config: ml_collections.ConfigDict) -> None:
@@ -111,7 +135,7 @@ def start(config: ml_collections.ConfigDict, fresh: Any) -> dict[str, Any]:
             if _widened(path, old, new):
                 found = widen(np.asarray(found), value.shape[2], how)
             new[path] = found
-    return flax.traverse_util.unflatten_dict(new, sep="/")
+    return _nested(new, like=fresh)
 
 
 def _placed_like(abstract: Any, fresh: Any) -> Any:
@@ -126,8 +150,7 @@ def _placed_like(abstract: Any, fresh: Any) -> Any:
         else leaf.sharding
         for path, leaf in old.items()
     }
-    placed = checkpoint.placed(old, shardings)
-    return flax.traverse_util.unflatten_dict(placed, sep="/")
+    return _nested(checkpoint.placed(old, shardings), like=abstract)
 
 
 def widen(kernel: np.ndarray, channels: int, how: str | None) -> np.ndarray:
@@ -154,7 +177,8 @@ def load_base(
     """
     path = workdir_lib.base_path(workdir)
     if path.is_file():
-        return frozen_lib.read_params(path)
+        flat = _flat(frozen_lib.read_params(path))
+        return _nested(flat, like=shapes)
     saved, theirs = _checkpoints(config)
     left = _described(_flat(theirs), _flat(shapes))
     if left:
@@ -204,6 +228,14 @@ def _described(
 
 def _flat(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(dict(tree), sep="/")
+
+
+def _nested(flat: Mapping[str, Any], like: Any) -> dict[str, Any]:
+    """The tree of `flat`, with the empty parts of `like`, as of frozen conditions."""
+    whole = flax.traverse_util.flatten_dict(like, keep_empty_nodes=True, sep="/")
+    empty = flax.traverse_util.empty_node
+    parts = {path: value for path, value in whole.items() if value is empty}
+    return flax.traverse_util.unflatten_dict({**parts, **flat}, sep="/")
 
 
 def _widened(path: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:

@@ -430,8 +430,9 @@ def train(
         if "classifier" in config.stages:
             for source in (train_source, heldout_source):
                 step_classifier.check_labels(config, model, source)
-        frozen_lib.check(model)
-        encoders = frozen_lib.load(model, workdir)
+        taken_over = finetune.encoders(config, model)
+        frozen_lib.check(model, taken_over)
+        encoders = frozen_lib.load(model, workdir, taken_over)
         if config.get("init_from"):
             base = finetune.prepare(config, model, workdir)
     first = checkpoint.Checkpoints(workdir / "autoencoder")

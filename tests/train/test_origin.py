@@ -15,7 +15,7 @@ from ldm_jax import preset_of, publish, released
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
 from ldm_jax.train import checkpoint, finetune, loop, origin, sharding
-from tests import runs
+from tests import runs, test_frozen
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
 
@@ -63,6 +63,36 @@ def test_a_file_is_trained_from_by_its_name(source, tmp_path, capsys, monkeypatc
     origin.make(config, workdir)
     again = _config(source, tmp_path, "diffusion_stage.lora.rank=2")
     assert loop.train(again, workdir)
+
+
+@pytest.mark.slow
+def test_a_frozen_tower_comes_with_the_model(tmp_path):
+    """Not from where the config says that such towers are, if it is one of them."""
+    weights = test_frozen.write(tmp_path / "clip")
+    before = test_frozen.config(weights)
+    assert loop.train(before, tmp_path / "before")
+    heir = test_frozen.config("nobody/nothing")
+    heir.init_from = str(tmp_path / "before")
+    assert loop.train(heir, tmp_path / "heir")
+    towers = [
+        ldm_jax.load(tmp_path / run).first_stage.encoders for run in ("before", "heir")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *towers)
+
+    # Nothing but the UNet is trained, so these are all params; factors too.
+    assert ldm_jax.load(tmp_path / "heir").params["conditioners"] == {}
+    heir.diffusion_stage.lora.rank = 2
+    assert loop.train(heir, tmp_path / "factors")
+    assert loop.train(heir, tmp_path / "factors")  # it is found finished
+    small = ldm_jax.load(tmp_path / "factors")
+    assert small.factors.keys() == {"unet"}
+    assert small.sample("a red circle", steps=2).shape == (1, 16, 16, 3)
+
+    # Another tower is not that one.
+    heir.conditioners.text.net.depth = 2
+    assert finetune.encoders(heir, runs.build(heir)) == {}
+    heir.conditioners.text.net.depth = 1
+    assert finetune.encoders(heir, runs.build(heir)).keys() == {"text"}
 
 
 def test_a_changed_file_is_another_run(source, tmp_path):
