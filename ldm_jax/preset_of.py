@@ -227,7 +227,8 @@ def _read_off(
         config.diffusion.update(_process(source))
     factor = 2 ** (len(first.ch_mult) - 1)
     config.resolution = factor * (source.image_size or 64)
-    config.conditioners.update(_conditions(net, first, condition))
+    of_small = source.pipeline == whole.SUPER_RESOLUTION
+    config.conditioners.update(_conditions(net, first, condition, of_small))
     return config
 
 
@@ -262,7 +263,7 @@ def _process(source: whole.Whole) -> dict[str, Any]:
 
 
 def _conditions(
-    net: unet.UNet, first: nn.Module, condition: nn.Module | None
+    net: unet.UNet, first: nn.Module, condition: nn.Module | None, of_small: bool
 ) -> dict[str, ml_collections.ConfigDict]:
     """What the model is given, by the nets of its conditions and its channels."""
     more, found = net.in_channels - first.embed_dim, {}
@@ -273,7 +274,9 @@ def _conditions(
         )
     if net.use_spatial_transformer:
         found["text"] = _context(condition)
-    if more == first.embed_dim + 1:
+    if of_small and more == 3:
+        found["low_res"] = ml_collections.ConfigDict(dict(kind="low_res"))
+    elif more == first.embed_dim + 1:
         convention = "sd" if net.use_spatial_transformer else "ldm"
         section = dict(kind="inpainting", convention=convention)
         found["known"] = ml_collections.ConfigDict(section)

@@ -11,6 +11,7 @@ import numpy as np
 from ldm_jax.convert import compvis, depth, plans, text_encoders
 from ldm_jax.nets import clip_vision, dpt, embedders, t5, text_encoder
 
+_BERT = "cond_stage_model.transformer."  # diffusers' LDMBert there, by its keys
 # Of embeddings over training pictures, as SD-unCLIP's checkpoints call them.
 STATISTICS = ("noise_augmentor.data_mean", "noise_augmentor.data_std")
 
@@ -22,6 +23,9 @@ def params_of(net: nn.Module, state_dict: Mapping[str, np.ndarray]) -> dict[str,
     parts is left out. Raises ValueError that says what does not fit.
     """
     if isinstance(net, text_encoder.TextTransformer):
+        if any(key.startswith(f"{_BERT}model.layers.") for key in state_dict):
+            own = _under(state_dict, _BERT)
+            return plans.convert(own, text_encoders.ldm_bert_plan(net))
         return compvis.text_transformer_params(
             _under(state_dict, "cond_stage_model."), net
         )

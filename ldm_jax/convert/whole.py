@@ -24,10 +24,13 @@ PARTS = {
     "vae": FIRST_STAGE,
     "vqvae": FIRST_STAGE,
     "text_encoder": "cond_stage_model.transformer.",
+    "bert": "cond_stage_model.transformer.",
     "image_encoder": "embedder.",
     "image_normalizer": "noise_augmentor.data_",
     "depth_estimator": "depth_model.model.",
 }
+# The low resolution pipeline of LDM decodes latents as they are.
+SUPER_RESOLUTION = "LDMSuperResolutionPipeline"
 # Parts that judge or mark pictures; nothing is drawn by them.
 _ASIDE = ("safety_checker", "watermarker")
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -49,6 +52,7 @@ class Whole(NamedTuple):
     tokenizer: pathlib.Path | None = None
     nets: Mapping[str, Mapping[str, Any]] = {}  # {prefix: its constructor's arguments}
     image_size: int | None = None  # side of the latents that it was trained on
+    pipeline: str | None = None  # its class in diffusers
 
 
 def under(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -91,13 +95,22 @@ def read_folder(path: pathlib.Path, option: str) -> Whole:
     scheduler = path / "scheduler" / "scheduler_config.json"
     process = _process(scheduler, option) if scheduler.is_file() else None
     scale_factor = None
-    if "vae" in index:
-        settings = _json(path / "vae" / "config.json", option)
+    pipeline = index.get("_class_name")
+    for name in {"vae", "vqvae"} & index.keys():
+        settings = _json(path / name / "config.json", option)
         scale_factor = settings.get("scaling_factor", 0.18215)
+    if pipeline == SUPER_RESOLUTION:
+        scale_factor = 1.0
     tokenizer = path / "tokenizer"
     tokenizer = tokenizer if tokenizer.is_dir() else None
     image_size = nets.get(UNET, {}).get("sample_size")
-    return Whole(arrays, process, scale_factor, tokenizer, nets, image_size)
+    if isinstance(image_size, list):
+        if len(set(image_size)) > 1:
+            raise UserError(
+                f"{option}: the UNet's sample_size is {image_size}; give one of squares"
+            )
+        image_size = image_size[0]
+    return Whole(arrays, process, scale_factor, tokenizer, nets, image_size, pipeline)
 
 
 def _json(path: pathlib.Path, option: str) -> Mapping[str, Any]:
