@@ -58,7 +58,8 @@ def encoders(
     config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion
 ) -> dict[str, Any]:
     """{name: params} of the frozen nets that this model and that run both have."""
-    if not config.get("init_from"):
+    names = frozen_lib.names(model)
+    if not config.get("init_from") or not names:
         return {}
     run, key = origin.run_of(config, "init_from"), jax.random.key(0)
 
@@ -69,7 +70,7 @@ def encoders(
         return conditioning.init(model.conditioners, key, tools)
 
     shapes, found = jax.tree.map(np.shape, jax.eval_shape(fresh)), {}
-    for name in frozen_lib.names(model):
+    for name in names:
         path = frozen_lib.copy_path(run, name)
         params = frozen_lib.read_params(path) if path.is_file() else None
         if params is not None and jax.tree.map(np.shape, params) == shapes[name]:
