@@ -146,6 +146,13 @@ def both_stages() -> ConfigDict:
             init_from=None,  # a LoRA's file, whose factors are trained on
         )
     )
+    config.diffusion_stage.inversion = ConfigDict(  # a new word for what is shown
+        dict(
+            placeholder_token=None,  # as it stands in the captions, such as <toy>
+            initializer_token=None,  # a word to start from; None is all words' mean
+            num_vectors=None,  # embeddings of the token; None is 1
+        )
+    )
     config.diffusion_stage.preserve = ConfigDict(  # DreamBooth's prior preservation
         dict(
             prompt=None,  # what init_from draws, to be trained on beside the data

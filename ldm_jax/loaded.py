@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from ldm_jax import convert, lora, picture
+from ldm_jax import adapters, convert, inversion, lora, picture
 from ldm_jax import draw as draw_lib
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import frozen as frozen_lib
@@ -26,6 +26,7 @@ from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.conditioning import kinds, pictures
 from ldm_jax.config import UserError
+from ldm_jax.convert import embedding_files
 from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint, sharding
 
@@ -228,7 +229,6 @@ class LoadedModel:
         `path` is a new .safetensors file, written whole or not at all. Raises UserError
         for a run without factors, or with those of more than the UNet.
         """
-        path = pathlib.Path(path)
         if self.factors is None:
             raise UserError(
                 f"path: {path}, but this run trained no factors; train with"
@@ -240,14 +240,51 @@ class LoadedModel:
                 f"path: {path}, but this run trained factors of {', '.join(others)}"
                 " too, which such a file has no names for; keep lora.targets to unet/"
             )
-        if path.suffix != ".safetensors":
-            raise UserError(f"path: {path}; give a name that ends in .safetensors")
-        if path.exists():
-            raise UserError(f"path: {path} is there already; give another name")
+        path = _new_file(path)
         settings = self.config.diffusion_stage.lora
         rank, alpha = settings.rank, settings.alpha or settings.rank
         state = convert.export_lora(self.model.unet, self.factors["unet"], rank, alpha)
         frozen_lib.write_params(path, state)
+
+    def with_tokens(
+        self,
+        tokens_file: str | os.PathLike | Mapping[str, Any],
+        token: str | None = None,
+    ) -> "LoadedModel":
+        """This model with a token of textual inversion more, to be used in prompts.
+
+        `tokens_file` is a file of diffusers, CompVis or the web UI, or what one holds;
+        `token` is what to call it instead of what that says. Raises UserError where it
+        is of another text net, or the model has such a word.
+        """
+        name = inversion.condition(self.config)
+        width = self.model.conditioners[name].net.dim
+        token, rows = embedding_files.read(tokens_file, token, width)
+        config, params, first_stage = inversion.add(
+            self.config, self.params, self.first_stage, token, rows
+        )
+        model = model_lib.build(config, self.tokenizers)
+        return dataclasses.replace(
+            self, config=config, model=model, params=params, first_stage=first_stage
+        )
+
+    def save_tokens(self, path: str | os.PathLike, token: str | None = None) -> None:
+        """Writes a token's embeddings as diffusers and the web UI read them.
+
+        `path` is a new .safetensors file, written whole or not at all; `token` is
+        needed where the model has several. Raises UserError where it has none.
+        """
+        found = inversion.embeddings(self.config, self.params, self.first_stage)
+        if not found:
+            raise UserError(
+                f"path: {path}, but this model has no token of textual inversion; train"
+                f" one with {inversion.OPTION}.placeholder_token"
+            )
+        if token is None and len(found) == 1:
+            (token,) = found
+        if token not in found:
+            raise UserError(f"token: {token!r}; choose one of {', '.join(found)}")
+        frozen_lib.write_params(_new_file(path), {token: found[token]})
 
     def _prepare(self, prompts, inputs, count, size, strength, noise):
         """(model of this size, prepared fields, start, how many, their classes)."""
@@ -318,6 +355,15 @@ def _size_of(model: model_lib.LatentDiffusion) -> tuple[int, int]:
     return factor * h, factor * w
 
 
+def _new_file(path: str | os.PathLike) -> pathlib.Path:
+    path = pathlib.Path(path)
+    if path.suffix != ".safetensors":
+        raise UserError(f"path: {path}; give a name that ends in .safetensors")
+    if path.exists():
+        raise UserError(f"path: {path} is there already; give another name")
+    return path
+
+
 def load_first_stage(
     workdir: pathlib.Path,
     config: ml_collections.ConfigDict,
@@ -372,17 +418,18 @@ def load(
         memory=workdir_lib.load_memory(workdir, looking),
         encoders=frozen_lib.load(model, workdir),
     )
-    init = functools.partial(model_lib.init_diffusion, config, model)
-    abstract = jax.eval_shape(lora.initializer(config, init), jax.random.key(0))
+    abstract = jax.eval_shape(adapters.initializer(config, model), jax.random.key(0))
     saved = checkpoint.Checkpoints(workdir / "diffusion")
     params, meta = saved.load_averaged(_placed(abstract, mesh))
     factors = None
-    if lora.is_on(config):
-        factors = params
+    if adapters.is_on(config):
+        factors = params if lora.is_on(config) else None
         # A file of arrays has no place for conditions that are all frozen.
         base = {"conditioners": {}}
         base |= frozen_lib.read_params(workdir_lib.base_path(workdir))
-        params = lora.merge(config.diffusion_stage.lora, base, params)
+        params, first_stage = adapters.merge(
+            config.diffusion_stage, base, first_stage, params
+        )
     classifier = None
     if "classifier" in config.stages and (workdir / "classifier").is_dir():
         abstract = jax.eval_shape(

@@ -144,6 +144,13 @@ def _check(model: loaded.LoadedModel) -> None:
             f"conditioners.{name}: looks up the training pictures, which no other"
             " layout holds; convert a run without it"
         )
+    for name, section in model.config.conditioners.items():
+        if section.get("placeholder_tokens"):
+            raise UserError(
+                f"conditioners.{name}: has a token of textual inversion, which goes"
+                " into a file of its own; write it with save_tokens of ldm_jax.load and"
+                f" convert what the token was trained with, {model.config.init_from}"
+            )
     if isinstance(model.model.schedule, schedules.SigmaSchedule):
         raise UserError(
             "diffusion.schedule: 'sigma', which no other layout has; convert a run over"

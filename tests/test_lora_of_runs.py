@@ -57,13 +57,13 @@ def test_trained_factors_go_into_a_file_and_on_from_it(tmp_path):
     fresh = jax.tree.map(lambda a: 0 * a + 7, trained.factors)
     started = lora.start(settings, trained.model.unet, fresh)
     jax.tree.map(close, started, trained.factors)
-    finetune.prepare(config, trained.model, tmp_path / "new")
+    finetune.prepare(config, trained.model, tmp_path / "new", {}, {})
     settings.rank = 3
     with pytest.raises(UserError, match="is of rank 2, diffusion_stage.lora.rank of 3"):
-        finetune.prepare(config, trained.model, tmp_path / "new")
+        finetune.prepare(config, trained.model, tmp_path / "new", {}, {})
     settings.update(dict(rank=2, targets="to_q"))
     with pytest.raises(UserError, match="conv1/kernel, which .*lora.targets leaves"):
-        finetune.prepare(config, trained.model, tmp_path / "new")
+        finetune.prepare(config, trained.model, tmp_path / "new", {}, {})
     factors, *_ = convert.import_lora(trained.model.unet, path)
     assert factors.keys() == trained.factors["unet"].keys()
 

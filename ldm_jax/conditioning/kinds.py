@@ -39,9 +39,14 @@ def text(
     trainable: bool = True,
     dropout: float = 0.1,
     null: str = "",
+    placeholder_tokens: Sequence[str] = (),
 ) -> Conditioner:
-    """A caption through a text transformer; `null` is the text of "no caption"."""
-    tokenizer = setting.tokenizer
+    """A caption through a text transformer; `null` is the text of "no caption".
+
+    `placeholder_tokens` are those of textual inversion; their embeddings follow the
+    net's own.
+    """
+    tokenizer, own = setting.tokenizer, len(setting.tokenizer)
     nets = {
         "transformer": text_encoder.TextTransformer,
         "clip": text_encoder.CLIPTextTransformer,
@@ -51,7 +56,7 @@ def text(
     kind, variant = net.pop("kind"), net.pop("variant", None)
     if kind not in nets:
         raise UserError(f"conditioners.*.net.kind: {kind!r}; {nearest(kind, nets)}")
-    given = {"vocab_size": len(tokenizer)}
+    given = {"vocab_size": own}
     if kind != "t5":
         given["max_seq_len"] = length
     net = given | net
@@ -62,15 +67,21 @@ def text(
             raise UserError(f"conditioners.*.net.variant: {variant!r}; {hint}")
         net |= variants[variant]
 
+    made = construct("conditioners.*.net", nets[kind], net)
+    if placeholder_tokens:
+        tokenizer = tokenizers.with_tokens(tokenizer, placeholder_tokens)
+
     def prepare(captions: Sequence[str]) -> np.ndarray:
-        return tokenizers.encode(tokenizer, list(captions), length)
+        texts = [tokenizers.spelled_out(text, placeholder_tokens) for text in captions]
+        ids = tokenizers.encode(tokenizer, texts, length)
+        return np.where(ids < own, ids, ids - own + made.vocab_size)
 
     return Conditioner(
         fields=(field,),
         slots=(slot,),
         prepare=prepare,
         null=prepare([null])[0],
-        net=construct("conditioners.*.net", nets[kind], net),
+        net=made,
         trainable=trainable,
         dropout=dropout,
     )

@@ -1,7 +1,9 @@
 """Captions to token ids: any Hugging Face tokenizer, or one trained on the captions."""
 
+import copy
 import os
 import pathlib
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -69,6 +71,49 @@ def load(name_or_path: str | pathlib.Path) -> transformers.PreTrainedTokenizerBa
             f"tokenizer: {str(name_or_path)!r} cannot be loaded ({reason}); give a"
             " folder that holds tokenizer.json, or a hub name that is cached or online"
         ) from error
+
+
+def with_tokens(
+    tokenizer: transformers.PreTrainedTokenizerBase, tokens: Sequence[str]
+) -> transformers.PreTrainedTokenizerBase:
+    """A copy that has `tokens` too, behind its own and in their order.
+
+    They are found as they are written, before the tokenizer would lower their case;
+    those of letters and digits alone not within a longer word. Raises UserError for one
+    that it has already, or that has spaces.
+    """
+    known = set(tokenizer.get_vocab())
+    grown = copy.deepcopy(tokenizer)
+    for token in tokens:
+        if token.split() != [token]:
+            raise UserError(f"{token!r}; give one word without spaces, such as <toy>")
+        if token in known:
+            raise UserError(
+                f"{token!r} is in the vocabulary already; choose another, such as"
+                f" <{token.strip('<>')}-1>"
+            )
+        known.add(token)
+        alone = token.isalnum()
+        grown.add_tokens(
+            hf_tokenizers.AddedToken(token, normalized=False, single_word=alone)
+        )
+    return grown
+
+
+def spelled_out(text: str, tokens: Sequence[str]) -> str:
+    """`text` with TOKEN as "TOKEN TOKEN_1 TOKEN_2 …", as far as `tokens` has these.
+
+    So diffusers writes a token of textual inversion that has several embeddings.
+    """
+    for token in tokens:
+        names = [token]
+        while f"{token}_{len(names)}" in tokens:
+            names.append(f"{token}_{len(names)}")
+        if len(names) > 1:
+            # Not where they are spelled out already.
+            head = re.escape(token)
+            text = re.sub(rf"{head}(?!_\d| {head}_1)", " ".join(names), text)
+    return text
 
 
 def encode(

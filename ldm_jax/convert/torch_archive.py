@@ -56,6 +56,7 @@ _FUNCTIONS = {
     "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3",
 }
+_PARAMETERS = "torch.nn.modules.container.ParameterDict"
 _KNOWN = _FUNCTIONS | _STORAGES.keys() | _DTYPES.keys()
 
 # Instructions that push what stands beside them.
@@ -351,7 +352,11 @@ class _Machine:
                 function, args, _ = self.take(3)
                 push(self.call(op, function, args))
             case "BUILD":
-                target, _ = self.take(2)
+                target, state = self.take(2)
+                # Embeddings of textual inversion stand in one.
+                if isinstance(target, _Global) and target.name == _PARAMETERS:
+                    push(state["_parameters"])
+                    return
                 # An OrderedDict's attributes, such as a state dict's version numbers.
                 if not isinstance(target, dict | _Global):
                     raise _Refused("sets the attributes of what has none")

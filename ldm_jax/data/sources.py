@@ -11,7 +11,7 @@ import inspect
 import json
 import pathlib
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -135,7 +135,11 @@ def openmoji_scenes(
 
 
 def folder(
-    split: str, *, path: str, heldout_percent: int = 5, caption: str | None = None
+    split: str,
+    *,
+    path: str,
+    heldout_percent: int = 5,
+    caption: str | Sequence[str] | None = None,
 ) -> Source:
     """Pictures (png, jpg, webp) under a directory, at any depth.
 
@@ -143,7 +147,8 @@ def folder(
     {"file_name": ..., "text": ...}, which then also says what belongs to the set; else
     from a .txt beside each picture; else from the file's name. Where every picture lies
     in a subdirectory, `label` numbers the first-level ones in alphabetical order. A
-    `caption` is that of all pictures instead: of one thing, which it gives a name.
+    `caption` is that of all pictures instead: of one thing, which it gives a name. Of
+    several, every picture is there with each.
 
     Splits `train` and `heldout`, by a hash of the file name, so a picture stays on its
     side when others come or go; `all` is both.
@@ -171,9 +176,15 @@ def folder(
         raise UserError(
             f"path={path!r}: no pictures ({', '.join(_SUFFIXES)}) in split {split!r}"
         )
+    if caption:
+        given = [caption] if isinstance(caption, str) else list(caption)
+        captions = given * len(names)
+        names = [name for name in names for _ in given]
+    else:
+        captions = [captions[name] for name in names]
     fields = {
         "image": np.array([str(root / name) for name in names]),
-        "caption": np.array([caption or captions[name] for name in names], object),
+        "caption": np.array(captions, object),
     }
     if has_labels:
         labels = [first_level.index(name.partition("/")[0]) for name in names]

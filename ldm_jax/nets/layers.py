@@ -31,6 +31,21 @@ def _per_channel(vector: jax.Array, ndim: int) -> jax.Array:
     return vector.reshape((1,) * (ndim - 1) + (-1,))
 
 
+def look_up(module: nn.Module, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The embeddings [b, s, d] of tokens [b, s]: rows of `table` or of what follows.
+
+    Those that textual inversion has trained follow: a param `added_emb` [k, d] that
+    `module` may be given beside its own. Ids outside of both give NaN, so that a wrong
+    tokenizer shows.
+    """
+    rows = jnp.take(table, tokens, axis=0)
+    if not module.has_variable("params", "added_emb"):
+        return rows
+    own, added = tokens < len(table), module.get_variable("params", "added_emb")
+    more = jnp.take(added, jnp.where(own, 0, tokens - len(table)), axis=0)
+    return jnp.where(own[..., None], rows, more)
+
+
 class Conv(nn.Module):
     """Convolution of [b, *spatial, c]; `padding` None keeps the size at stride 1.
 

@@ -111,8 +111,7 @@ class T5Encoder(nn.Module):
         near = self.param("position_bias", init, (self.num_buckets, self.heads))
         bucket = buckets(tokens.shape[1], self.num_buckets, self.max_distance)
         bias = jnp.moveaxis(near[bucket], -1, 0)
-        # `take` gives NaN for ids outside the vocabulary, so a wrong tokenizer shows.
-        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        x = layers.look_up(self, table, tokens).astype(self.dtype)
         for i in range(self.depth):
             block = Block(
                 self.heads,

@@ -69,8 +69,7 @@ class _TextEncoder(nn.Module):
         init = nn.initializers.normal(0.02)
         table = self.param("token_emb", init, (self.vocab_size, self.dim))
         positions = self.param("pos_emb", init, (self.max_seq_len, self.dim))
-        # `take` gives NaN for ids outside the vocabulary, so a wrong tokenizer shows.
-        return jnp.take(table, tokens, axis=0) + positions[None, :length]
+        return layers.look_up(self, table, tokens) + positions[None, :length]
 
 
 class TextTransformer(_TextEncoder):
@@ -123,7 +122,7 @@ class CLIPTextTransformer(_TextEncoder):
     `final_norm` is False, as in SGM.
 
     With `layer` "pooled" it gives one vector [b, dim] instead: the text's, at its end
-    token, which has the highest id. With `projection_dim` that is taken to the space
+    token, the last of the vocabulary. With `projection_dim` that is taken to the space
     that CLIP shares with pictures, [b, projection_dim], and `normalize` gives it length
     1. Either comes of the last block and the final LayerNorm, whatever `layer` and
     `final_norm` say of the context.
@@ -174,7 +173,7 @@ class CLIPTextTransformer(_TextEncoder):
             x = block(x, causal, deterministic)
         if self.final_norm or self.pooled:
             x = layers.LayerNorm(self.dtype, name="norm_out")(x)
-        end = jnp.argmax(tokens, axis=-1)
+        end = jnp.argmax(jnp.where(tokens < self.vocab_size, tokens, 0), axis=-1)
         if not self.pooled:
             there = jnp.arange(length)[None] <= end[:, None]
             return jnp.where(there[..., None], x, 0) if self.zero_padding else x

@@ -3,6 +3,7 @@
 import flax.linen as nn
 import ml_collections
 
+from ldm_jax import inversion
 from ldm_jax import model as model_lib
 from ldm_jax.config import UserError
 from ldm_jax.data import pipeline, preprocess, sources
@@ -67,3 +68,18 @@ def ops(config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion) -> 
                 f"data.ops: {moved[0]} moves the picture, but not the"
                 f" {sorted(places)[0]} of conditioners.{name}; take it out"
             )
+
+
+def placeholder(config: ml_collections.ConfigDict, source: sources.Source) -> None:
+    """Raises UserError where a token is to be trained that no caption has."""
+    if not inversion.is_on(config.diffusion_stage):
+        return
+    token = config.diffusion_stage.inversion.placeholder_token
+    column = config.conditioners[inversion.condition(config)].field
+    captions = source.fields[column]
+    if not any(token in caption for caption in captions):
+        raise UserError(
+            f"{inversion.OPTION}.placeholder_token: {token!r} is in no {column} of the"
+            f" data, such as {captions[0]!r}; write it there, or for a folder set"
+            f' data.options.caption="a photo of {token}"'
+        )

@@ -9,7 +9,7 @@ it did: a text-to-image model becomes one of inpainting or depth. With
 """
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -18,8 +18,8 @@ import jax
 import ml_collections
 import numpy as np
 
+from ldm_jax import adapters
 from ldm_jax import frozen as frozen_lib
-from ldm_jax import lora
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
@@ -41,17 +41,29 @@ def prepare(
     config: ml_collections.ConfigDict,
     model: model_lib.LatentDiffusion,
     workdir: pathlib.Path,
-) -> Any:
-    """Checks that run's params; returns them where factors are to be added to them."""
+    encoders: Mapping[str, Any],
+    tokenizer_of: Mapping[str, Any],
+) -> tuple[Any, Callable[[Any], Any] | None]:
+    """Checks that run's params; returns (those that stay, what gives those to start).
+
+    Some stay where little is trained beside them, see adapters.py. The latter makes of
+    fresh params those that training starts from; None leaves them. `encoders` {name: …}
+    are the frozen nets' params.
+    """
+    if not config.get("init_from"):
+        return None, None
     init = partial(model_lib.init_diffusion, config, model)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    if is_due(config, workdir):
+    due = is_due(config, workdir)
+    if due:
         check(config, shapes)
-        settings = config.diffusion_stage.lora
-        if lora.is_on(config) and settings.get("init_from"):
-            fresh = jax.eval_shape(lora.initializer(config, init), jax.random.key(0))
-            lora.start(settings, model.unet, fresh)
-    return load_base(config, workdir, shapes) if lora.is_on(config) else None
+    if not adapters.is_on(config):
+        return None, partial(start, config)
+    base = load_base(config, workdir, shapes)
+    if not due:
+        return base, None
+    params = {**base["conditioners"], **encoders}
+    return base, adapters.start(config, model, params, tokenizer_of)
 
 
 def encoders(
@@ -172,7 +184,7 @@ def widen(kernel: np.ndarray, channels: int, how: str | None) -> np.ndarray:
 def load_base(
     config: ml_collections.ConfigDict, workdir: pathlib.Path, shapes: Any
 ) -> dict[str, Any]:
-    """What LoRA's factors are added to: the run's own copy, else that run's params.
+    """What stays beside adapters: the run's own copy, else that run's params.
 
     `shapes` are those of this config's nets, which must be that run's own.
     """
@@ -184,9 +196,9 @@ def load_base(
     left = _described(_flat(theirs), _flat(shapes))
     if left:
         raise UserError(
-            f"diffusion_stage.lora: starting from {config.init_from} means{left}, which"
-            " factors don't train; give this config that run's nets and conditions, or"
-            " train without lora"
+            f"init_from: starting from {config.init_from} means{left}, which lora or"
+            " inversion of diffusion_stage don't train; give this config that run's"
+            " nets and conditions, or train without them"
         )
     params, _ = saved.load_averaged(checkpoint.single_device(theirs))
     return params
@@ -206,6 +218,11 @@ def _checkpoints(config: ml_collections.ConfigDict) -> tuple[Any, Any]:
             f"init_from: {run} has no checkpoint of a diffusion model; train it first"
         )
     theirs = workdir_lib.read_config(run)
+    if adapters.is_on(theirs):
+        raise UserError(
+            f"init_from: {run} has trained a LoRA or embeddings, and no nets; give what"
+            f" it started from, {theirs.init_from}"
+        )
     model = model_lib.build(theirs, workdir_lib.load_tokenizers(run, theirs))
     key = jax.random.key(0)
     return saved, jax.eval_shape(lambda: model_lib.init_diffusion(theirs, model, key))

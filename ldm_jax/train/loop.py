@@ -13,6 +13,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+from ldm_jax import adapters, inversion
 from ldm_jax import config as config_lib
 from ldm_jax import frozen as frozen_lib
 from ldm_jax import loaded as loaded_lib
@@ -104,6 +105,7 @@ def check(
         step_autoencoder.check(config, net, mesh)
     if "diffusion" in config.stages:
         step_diffusion.check(config)
+        inversion.adopt(config)
     if "classifier" in config.stages:
         step_classifier.check(config)
     if workdir_lib.config_path(workdir).exists():
@@ -356,7 +358,7 @@ def plan(
     key = jax.random.key(0)
     inits = {
         "autoencoder": lambda: model_lib.init_autoencoder(config, net, key)[0],
-        "diffusion": lambda: step_diffusion.initializer(config, model)(key),
+        "diffusion": lambda: adapters.initializer(config, model)(key),
         "classifier": lambda: model_lib.init_classifier(model, key),
     }
     for name in config.stages:
@@ -418,7 +420,7 @@ def train(
         f" {len(heldout_source)} held out, {config.resolution} pixels"
     )
     tokenizer_of = make_tokenizers(config, workdir, train_source)
-    model, frozen, base = None, {}, None
+    model, frozen, base, start = None, {}, None, None
     if "diffusion" in config.stages:
         model = model_lib.build(config, tokenizer_of)
         for name, conditioner in model.conditioners.items():
@@ -427,14 +429,14 @@ def train(
                 check_data.field(name, field, heldout_source)
         check_data.ops(config, model)
         preserve.check(config, model)
+        check_data.placeholder(config, train_source)
         if "classifier" in config.stages:
             for source in (train_source, heldout_source):
                 step_classifier.check_labels(config, model, source)
         taken_over = finetune.encoders(config, model)
         frozen_lib.check(model, taken_over)
         encoders = frozen_lib.load(model, workdir, taken_over)
-        if config.get("init_from"):
-            base = finetune.prepare(config, model, workdir)
+        base, start = finetune.prepare(config, model, workdir, encoders, tokenizer_of)
     first = checkpoint.Checkpoints(workdir / "autoencoder")
     taken, tower = handover.is_taken(config), None
     if "autoencoder" in config.stages and not first.finished() and not taken:
@@ -471,7 +473,8 @@ def train(
                     workdir_lib.write_memory(workdir, first_stage.memory)
             options = {}
             if name == "diffusion":
-                options = {"base": base, "kept": preserve.drawn(config, workdir)}
+                kept = preserve.drawn(config, workdir)
+                options = {"base": base, "start": start, "kept": kept}
             stage = kind.make_stage(
                 config, model, first_stage, train_source, heldout_source, **options
             )

@@ -74,8 +74,9 @@ def _open(config, source):
     whole = released.open_source(source)
     own = copy.deepcopy(config)
     own.update({field: None for field in FIELDS})
-    # What factors are added to has none itself.
+    # What something is added to has none of it itself.
     own.diffusion_stage.lora.update(dict(rank=None, init_from=None))
+    own.diffusion_stage.inversion.update(dict.fromkeys(own.diffusion_stage.inversion))
     try:
         return own, released.open_parts(whole, own)
     except UserError:

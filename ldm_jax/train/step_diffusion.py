@@ -1,7 +1,7 @@
 """Stage two: the denoising net and its trained conditioners, in the latent space."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from ldm_jax import draw, lora, shown
+from ldm_jax import adapters, draw, shown
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import model as model_lib
 from ldm_jax.conditioning import conditioners as conditioning
@@ -17,7 +17,7 @@ from ldm_jax.config import UserError, nearest
 from ldm_jax.data import pipeline, sources
 from ldm_jax.diffusion import edm, objective, schedules
 from ldm_jax.evaluate import run_report
-from ldm_jax.train import finetune, preserve
+from ldm_jax.train import preserve
 from ldm_jax.train import stage as stage_lib
 
 NAME = "diffusion"
@@ -41,7 +41,7 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
 
     def loss(params, frozen, batch, key, deterministic=False):
         keys = [jax.random.fold_in(key, purpose) for purpose in range(5)]
-        first_stage, params = frozen["first_stage"], whole(section, params, frozen)
+        params, first_stage = whole(section, params, frozen)
         if "moments" in batch:
             moments = batch["moments"]
         else:
@@ -97,21 +97,18 @@ def make_loss(model: model_lib.LatentDiffusion, section: ml_collections.ConfigDi
     return loss
 
 
-def initializer(config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion):
-    """`init(key)`: fresh params of the nets or, if only these are trained, factors."""
-    return lora.initializer(config, partial(model_lib.init_diffusion, config, model))
-
-
-def whole(section: ml_collections.ConfigDict, params: Any, frozen: Any) -> Any:
-    """The nets' params, where only factors of low rank are trained too."""
+def whole(
+    section: ml_collections.ConfigDict, params: Any, frozen: Any
+) -> tuple[Any, first_stage_lib.FirstStage]:
+    """(the nets' params, first stage), also where `params` are those of adapters."""
     if "base" not in frozen:
-        return params
-    return lora.merge(section.lora, frozen["base"], params)
+        return params, frozen["first_stage"]
+    return adapters.merge(section, frozen["base"], frozen["first_stage"], params)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
     """Raises UserError for a wrong noise process or an option of the loss."""
-    lora.check(config)
+    adapters.check(config)
     schedule, parameterization = model_lib.build_process(config)
     settings = config.diffusion_stage.loss.to_dict()
     learned = {"learn_logvar", "logvar_init"}
@@ -222,12 +219,13 @@ def make_stage(
     train_source: sources.Source,
     heldout_source: sources.Source,
     base: Any = None,
+    start: Callable[[Any], Any] | None = None,
     kept: sources.Source | None = None,
 ) -> stage_lib.Stage:
     """The stage of `config.diffusion_stage` behind a finished first stage.
 
-    With `base` params only factors of low rank are trained, see lora.py; what is `kept`
-    is trained on beside the data, see preserve.py.
+    `base` and `start` are those of finetune.py's `prepare`; what is `kept` is trained
+    on beside the data, see preserve.py.
     """
     section, ops = config.diffusion_stage, config.data.ops
 
@@ -257,8 +255,7 @@ def make_stage(
     def panels(params, frozen):
         drawn = draw.draw(
             model,
-            whole(section, params, frozen),
-            frozen["first_stage"],
+            *whole(section, params, frozen),
             conditioning.prepare(model.conditioners, shown_fields),
             count=PANEL,
             settings=draw.Settings(steps=config.sample.steps, trajectory=True),
@@ -273,19 +270,14 @@ def make_stage(
         return panel
 
     frozen = {"first_stage": first_stage}
-    start = None
     if base is not None:
         frozen["base"] = base
-        if section.lora.get("init_from"):
-            start = partial(lora.start, section.lora, model.unet)
-    elif config.get("init_from"):
-        start = partial(finetune.start, config)
     return stage_lib.of_loss(
         NAME,
         config,
         section,
         make_loss(model, section),
-        initializer(config, model),
+        adapters.initializer(config, model),
         frozen=frozen,
         train_source=prepared[0],
         heldout_source=prepared[1],

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 import ldm_jax
+from ldm_jax import adapters, frozen, lora
 from ldm_jax import config as config_lib
-from ldm_jax import frozen, lora
 from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
-from ldm_jax.train import checkpoint, finetune, loop, optim, report, step_diffusion
+from ldm_jax.train import checkpoint, finetune, loop, optim, report
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -127,7 +127,7 @@ def test_factors_of_low_rank_are_all_that_is_trained(other, tmp_path):
     leaves = jax.tree.leaves((heir.params, heir.first_stage))
     assert all(isinstance(leaf, jax.Array) for leaf in leaves)
     before = frozen.read_params(workdir_lib.base_path(workdir))
-    factors = step_diffusion.initializer(config, heir.model)(jax.random.key(0))
+    factors = adapters.initializer(config, heir.model)(jax.random.key(0))
     factors = _averaged(workdir, "diffusion", factors)
     changed = 0
     for (path, a), b in zip(
@@ -231,10 +231,8 @@ def test_factors_train_no_new_input_channels(other, tmp_path):
     overrides = [f"init_from={other}", f"conditioners.text.length={length}"]
     overrides.append("diffusion_stage.lora.rank=2")
     config = config_lib.load(f"{DEPTH}:debug", overrides)
-    with pytest.raises(
-        UserError, match="means .*1 new input channels at zero.*factors"
-    ):
-        finetune.prepare(config, runs.build(config), tmp_path / "heir")
+    with pytest.raises(UserError, match="means .*1 new input channels at zero.*lora"):
+        finetune.prepare(config, runs.build(config), tmp_path / "heir", {}, {})
 
 
 @pytest.mark.parametrize(
