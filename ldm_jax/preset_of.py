@@ -227,8 +227,7 @@ def _read_off(
         config.diffusion.update(_process(source))
     factor = 2 ** (len(first.ch_mult) - 1)
     config.resolution = factor * (source.image_size or 64)
-    of_small = source.pipeline == whole.SUPER_RESOLUTION
-    config.conditioners.update(_conditions(net, first, condition, of_small))
+    config.conditioners.update(_conditions(source, net, first, condition))
     return config
 
 
@@ -263,29 +262,46 @@ def _process(source: whole.Whole) -> dict[str, Any]:
 
 
 def _conditions(
-    net: unet.UNet, first: nn.Module, condition: nn.Module | None, of_small: bool
+    source: whole.Whole, net: unet.UNet, first: nn.Module, condition: nn.Module | None
 ) -> dict[str, ml_collections.ConfigDict]:
     """What the model is given, by the nets of its conditions and its channels."""
     more, found = net.in_channels - first.embed_dim, {}
-    if net.num_classes is not None:
-        raise UserError(
-            f"SRC: its UNet also takes a vector ({net.num_classes}), whose meaning is"
-            f" not in the weights; {NAME_IT}"
-        )
+    vector = net.num_classes
     if net.use_spatial_transformer:
         found["text"] = _context(condition)
-    if of_small and more == 3:
-        found["low_res"] = ml_collections.ConfigDict(dict(kind="low_res"))
-    elif more == first.embed_dim + 1:
+    if _has(source, whole.PARTS["depth_estimator"]) and more == 1:
+        tower = _net("depth estimator", source, whole.PARTS["depth_estimator"])
+        found["depth"] = dict(kind="photo_depth", net=_options(tower))
+        more = 0
+    if _has(source, whole.PARTS["image_encoder"]) and vector == "sequential":
+        tower = _net("image encoder", source, whole.PARTS["image_encoder"])
+        found["alike"] = dict(kind="clip_image", net=_options(tower))
+        if net.adm_in_channels == tower.projection_dim:
+            found["alike"]["max_noise_level"] = 0
+        vector = None
+    if source.pipeline == whole.UPSCALE and more == 3:
+        found["low_res"] = dict(kind="noisy_low_res")
+        if source.noise_levels is not None:
+            found["low_res"]["max_noise_level"] = source.noise_levels
+        more, vector = 0, None
+    if source.pipeline == whole.SUPER_RESOLUTION and more == 3:
+        found["low_res"] = dict(kind="low_res")
+        more = 0
+    if more == first.embed_dim + 1:
         convention = "sd" if net.use_spatial_transformer else "ldm"
-        section = dict(kind="inpainting", convention=convention)
-        found["known"] = ml_collections.ConfigDict(section)
-    elif more:
+        found["known"] = dict(kind="inpainting", convention=convention)
+        more = 0
+    if vector is not None:
+        raise UserError(
+            f"SRC: its UNet also takes a vector ({vector}), whose meaning is not in the"
+            f" weights; {NAME_IT}"
+        )
+    if more:
         raise UserError(
             f"SRC: its UNet takes {more} channels besides the latent's"
             f" {first.embed_dim}, whose meaning is not in the weights; {NAME_IT}"
         )
-    return found
+    return {name: ml_collections.ConfigDict(c) for name, c in found.items()}
 
 
 def _context(net: nn.Module | None) -> ml_collections.ConfigDict:

@@ -56,6 +56,11 @@ def _clip_text(net, state_dict):
     if any(key.startswith("cond_stage_model.transformer.") for key in state_dict):
         state_dict = _under(state_dict, "cond_stage_model.transformer.")
     state_dict = _under(state_dict, "cond_stage_model.model.")
+    bare = ("embeddings.", "encoder.", "final_layer_norm.")
+    if any(key.startswith(bare[0]) for key in state_dict):  # since transformers 5
+        state_dict = {
+            "text_model." * k.startswith(bare) + k: v for k, v in state_dict.items()
+        }
     parts = ("text_model.", "text_projection", "logit_scale")
     if any(key.startswith("text_model.") for key in state_dict):
         kept = {k: v for k, v in state_dict.items() if k.startswith(parts)}

@@ -31,6 +31,12 @@ PARTS = {
 }
 # The low resolution pipeline of LDM decodes latents as they are.
 SUPER_RESOLUTION = "LDMSuperResolutionPipeline"
+UPSCALE = "StableDiffusionUpscalePipeline"
+# The noise that conditions are given, as the section `diffusion` of our configs.
+NOISE_OF_CONDITIONS = {
+    "low_res_scheduler": dict(schedule="linear", linear_start=1e-4, linear_end=2e-2),
+    "image_noising_scheduler": dict(schedule="squaredcos_cap_v2"),
+}
 # Parts that judge or mark pictures; nothing is drawn by them.
 _ASIDE = ("safety_checker", "watermarker")
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -53,6 +59,7 @@ class Whole(NamedTuple):
     nets: Mapping[str, Mapping[str, Any]] = {}  # {prefix: its constructor's arguments}
     image_size: int | None = None  # side of the latents that it was trained on
     pipeline: str | None = None  # its class in diffusers
+    noise_levels: int | None = None  # of a small picture that is given with noise
 
 
 def under(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -92,6 +99,8 @@ def read_folder(path: pathlib.Path, option: str) -> Whole:
                 f"{option}: {path / name} is a part that is not known here; give a"
                 f" pipeline of {', '.join(PARTS)}"
             )
+    for name in NOISE_OF_CONDITIONS.keys() & index.keys():
+        _check_noise(path / name / "scheduler_config.json", option)
     scheduler = path / "scheduler" / "scheduler_config.json"
     process = _process(scheduler, option) if scheduler.is_file() else None
     scale_factor = None
@@ -110,7 +119,10 @@ def read_folder(path: pathlib.Path, option: str) -> Whole:
                 f"{option}: the UNet's sample_size is {image_size}; give one of squares"
             )
         image_size = image_size[0]
-    return Whole(arrays, process, scale_factor, tokenizer, nets, image_size, pipeline)
+    levels = index.get("max_noise_level")
+    return Whole(
+        *(arrays, process, scale_factor, tokenizer, nets, image_size, pipeline, levels)
+    )
 
 
 def _json(path: pathlib.Path, option: str) -> Mapping[str, Any]:
@@ -172,3 +184,16 @@ def _process(path: pathlib.Path, option: str) -> dict[str, Any]:
         zero_terminal_snr=settings.get("rescale_betas_zero_snr", False),
         parameterization=PREDICTIONS[prediction],
     )
+
+
+def _check_noise(path: pathlib.Path, option: str) -> None:
+    """Raises UserError unless a condition's noise is the one that is known here."""
+    theirs = _process(path, option)
+    ours = NOISE_OF_CONDITIONS[path.parent.name]
+    known = {"timesteps": 1000, "given_betas": None} | ours
+    for field, value in known.items():
+        if theirs[field] != value:
+            raise UserError(
+                f"{option}: {path} has {field} {theirs[field]!r}; only {value!r} is"
+                " known here"
+            )
