@@ -1,4 +1,4 @@
-"""A run as others read it: CompVis' layout in one file, or a folder for diffusers.
+"""A run as others read it, in one file of CompVis' layout; see publish_folder.py too.
 
 Both multiply latents by one number. Where a run has measured a mean and a spread for
 each channel, these go into the 1x1 convolutions around the latent of a KL autoencoder,
@@ -6,7 +6,6 @@ and the number is 1: its latents are then the run's, and so are its pictures.
 """
 
 import contextlib
-import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,20 +18,11 @@ from safetensors import numpy as safetensors_numpy
 from ldm_jax import loaded
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
-from ldm_jax.convert import networks, towers, whole, write_config
+from ldm_jax.convert import networks, towers, whole
 from ldm_jax.diffusion import schedules
 from ldm_jax.nets import autoencoder, clip_vision, dpt, embedders, text_encoder
 
-_SCHEDULES = {ours: theirs for theirs, ours in whole.SCHEDULES.items()}
-_PREDICTIONS = {ours: theirs for theirs, ours in whole.PREDICTIONS.items()}
-# Pipelines of diffusers by the kinds of a run's conditions.
-_PIPELINES = {
-    ("text",): "StableDiffusionPipeline",
-    ("inpainting", "text"): "StableDiffusionInpaintPipeline",
-}
-_META = {"format": "pt"}  # readers of torch ask for it
-# Whose names the configs have; pipelines look whether they are of long ago.
-_VERSION = {"_diffusers_version": "0.36.0"}
+META = {"format": "pt"}  # readers of torch ask for it
 
 
 def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
@@ -40,8 +30,8 @@ def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
 
     Raises UserError for nets that have no such layout.
     """
-    _check(model)
-    params, scale_factor = _first_stage(model)
+    check(model)
+    params, scale_factor = first_stage(model)
     arrays = {
         "alphas_cumprod": np.float32(model.model.schedule.alphas_cumprod),
         "betas": np.float32(model.model.schedule.betas),
@@ -63,81 +53,11 @@ def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
                 " ldm_jax.convert.export_network"
             )
         arrays |= own
-    with _written(path) as partial:
-        safetensors_numpy.save_file(arrays, partial, _META)
+    with written(path) as partial:
+        safetensors_numpy.save_file(arrays, partial, META)
 
 
-def write_folder(model: loaded.LoadedModel, path: pathlib.Path) -> None:
-    """Writes a run as a pipeline of diffusers, whole or not at all.
-
-    Raises UserError where diffusers has no pipeline of these conditions and nets.
-    """
-    _check(model)
-    kinds = tuple(sorted(c.kind for c in model.config.conditioners.values()))
-    texts = [
-        (name, net, params)
-        for name, (net, params) in model.condition_nets.items()
-        if isinstance(net, text_encoder.CLIPTextTransformer)
-    ]
-    if kinds not in _PIPELINES or len(texts) != 1:
-        raise UserError(
-            f"conditioners: {', '.join(kinds) or 'none'}, with these nets, are no"
-            " pipeline of diffusers; it takes CLIP's text, with inpainting or without:"
-            " give a DST that ends in .safetensors"
-        )
-    ((name, text, text_params),) = texts
-    first_stage, scale_factor = _first_stage(model)
-    side, nets = model.model.latent_shape[0], model.model
-    # diffusers has a tower that stops early as one of so many layers, and a last norm.
-    text = text.clone(depth=text.blocks, layer="last", final_norm=True)
-    if "norm_out" not in text_params:
-        raise UserError(
-            f"conditioners.{name}.net.final_norm: False, but diffusers' tower ends in a"
-            " norm; give a DST that ends in .safetensors"
-        )
-    parts = {
-        "unet": (nets.unet, model.params["unet"], "diffusers", "diffusion_pytorch_"),
-        "vae": (nets.autoencoder, first_stage, "diffusers", "diffusion_pytorch_"),
-        "text_encoder": (text, text_params, "huggingface", ""),
-    }
-    configs = {
-        "unet": write_config.unet_of(nets.unet, side),
-        "vae": write_config.autoencoder_of(
-            nets.autoencoder, scale_factor, model.config.resolution
-        ),
-        "text_encoder": write_config.clip_text_of(text),
-        "scheduler": _scheduler(model),
-    }
-    states = {
-        part: networks.export_network(net, {"params": params}, layout)
-        for part, (net, params, layout, _) in parts.items()
-    }
-    tokenizer = model.tokenizers[name]
-    index = {
-        "_class_name": _PIPELINES[kinds],
-        "unet": ["diffusers", configs["unet"]["_class_name"]],
-        "vae": ["diffusers", configs["vae"]["_class_name"]],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", type(tokenizer).__name__],
-        "scheduler": ["diffusers", "DDIMScheduler"],
-        "safety_checker": [None, None],
-        "feature_extractor": [None, None],
-        "requires_safety_checker": False,
-    }
-
-    with _written(path) as partial:
-        for part, config in configs.items():
-            (partial / part).mkdir(parents=True)
-            file = "scheduler_config" if part == "scheduler" else "config"
-            _write_json(partial / part / f"{file}.json", config | _VERSION)
-        for part, state in states.items():
-            file = partial / part / f"{parts[part][3]}model.safetensors"
-            safetensors_numpy.save_file(state, file, _META)
-        tokenizer.save_pretrained(partial / "tokenizer")
-        _write_json(partial / whole.INDEX, index | _VERSION)
-
-
-def _check(model: loaded.LoadedModel) -> None:
+def check(model: loaded.LoadedModel) -> None:
     """Raises UserError for what is in no other layout."""
     for name in model.first_stage.memory:
         raise UserError(
@@ -193,7 +113,7 @@ def _under(prefix: str, net: Any, variables: Any, layout: str) -> dict[str, Any]
 # --- the latent's scale
 
 
-def _first_stage(model: loaded.LoadedModel) -> tuple[Mapping[str, Any], float]:
+def first_stage(model: loaded.LoadedModel) -> tuple[Mapping[str, Any], float]:
     """The autoencoder's params, and the number that latents are multiplied by."""
     frozen = model.first_stage
     mean, std = (np.asarray(x, np.float64) for x in (frozen.mean, frozen.std))
@@ -239,34 +159,11 @@ def _folded(params: Mapping[str, Any], mean: np.ndarray, std: np.ndarray) -> dic
     return {**params, **jax.tree.map(np.float32, folded)}
 
 
-def _scheduler(model: loaded.LoadedModel) -> dict[str, Any]:
-    """config.json of DDIMScheduler; a schedule that it has no name for as numbers."""
-    section = model.config.diffusion
-    if section.schedule in _SCHEDULES and section.get("given_betas") is None:
-        betas = {
-            "beta_schedule": _SCHEDULES[section.schedule],
-            "beta_start": section.linear_start,
-            "beta_end": section.linear_end,
-            "rescale_betas_zero_snr": section.zero_terminal_snr,
-        }
-    else:
-        betas = {"trained_betas": model.model.schedule.betas.tolist()}
-    return betas | {
-        "_class_name": "DDIMScheduler",
-        "num_train_timesteps": section.timesteps,
-        "prediction_type": _PREDICTIONS[model.model.parameterization],
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-    }
-
-
 # --- files
 
 
 @contextlib.contextmanager
-def _written(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def written(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """`workdir.whole`, and a line where the disk refuses."""
     try:
         with workdir_lib.whole(path) as partial:
@@ -275,7 +172,3 @@ def _written(path: pathlib.Path) -> Iterator[pathlib.Path]:
         raise UserError(
             f"DST: {path} can't be written ({error}); name another"
         ) from error
-
-
-def _write_json(path: pathlib.Path, tree: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2) + "\n")

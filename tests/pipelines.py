@@ -138,3 +138,32 @@ def text_unet(in_channels, **options):
         **options,
     )
     return randomised(net, 2)
+
+
+def depth_estimator():
+    """A DPT-hybrid."""
+    backbone = transformers.BitConfig(
+        embedding_size=32,
+        hidden_sizes=[32, 64, 96],
+        depths=[1, 1, 1],
+        num_groups=4,
+        layer_type="bottleneck",
+        global_padding="same",
+        embedding_dynamic_padding=True,
+        out_features=["stage1", "stage2", "stage3"],
+    )
+    config = transformers.DPTConfig(
+        is_hybrid=True,
+        backbone_config=backbone,
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=64,
+        backbone_out_indices=[0, 1, 0, 1],
+        backbone_featmap_shape=[1, 96, 4, 4],
+        reassemble_factors=[1, 1, 1, 0.5],
+        neck_hidden_sizes=[32, 64, 24, 40],
+        fusion_hidden_size=16,
+    )
+    return randomised(transformers.DPTForDepthEstimation(config), 5)

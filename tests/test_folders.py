@@ -1,12 +1,15 @@
 """Pipelines of LDM as diffusers saves them: what it draws, we draw."""
 
+import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
-from ldm_jax import preset_of
+from ldm_jax import preset_of, publish_folder
 from ldm_jax.config import UserError
 from ldm_jax.convert import whole
 from tests import runs
@@ -110,3 +113,54 @@ def test_ldm_of_text(tmp_path):
         model, {"caption": ["a red circle"]}, noise, guidance_scale=3.0
     )
     np.testing.assert_allclose(ours, theirs, atol=ATOL)
+
+
+@pytest.mark.parametrize("kind", ["vq", "kl"])
+def test_ldm_goes_there_and_back(tmp_path, kind):
+    first = pipelines.first_stage(kind, 2, 0.5)
+    pipeline = diffusers.LDMPipeline(first, pipelines.unet(3), pipelines.scheduler())
+    pipelines.saved(pipeline, tmp_path / "x")
+    _there_and_back(tmp_path, ["unet", "vqvae"], diffusers.LDMPipeline)
+
+
+def test_ldm_of_text_goes_there_and_back(tmp_path):
+    pipelines.saved(_text_pipeline(), tmp_path / "x")
+    cls = diffusers.LDMTextToImagePipeline
+    _there_and_back(tmp_path, ["unet", "vqvae", "bert"], cls)
+
+
+def test_ldm_of_small_pictures_goes_there_and_back(tmp_path):
+    first, unet = pipelines.first_stage("vq", 3, 0.5), pipelines.unet(6)
+    cls = diffusers.LDMSuperResolutionPipeline
+    pipelines.saved(cls(first, unet, pipelines.scheduler()), tmp_path / "x")
+    model = _there_and_back(tmp_path, ["unet", "vqvae"], cls)
+    std = 2 * model.first_stage.std
+    scaled = dataclasses.replace(model, first_stage=model.first_stage.replace(std=std))
+    with pytest.raises(UserError, match="multiplied by 0.5, but LDMSuper.* as they ar"):
+        publish_folder.write(scaled, tmp_path / "z")
+    assert not (tmp_path / "z").exists()
+
+
+def _there_and_back(tmp_path, parts, cls):
+    """Writes what was read; every array and what was read of configs is the same."""
+    model = ldm_jax.load(tmp_path / "x")
+    publish_folder.write(model, tmp_path / "y")
+    for part in parts:
+        ours, theirs = (
+            safetensors_numpy.load_file(
+                next((tmp_path / folder / part).glob("*.safetensors"))
+            )
+            for folder in ("y", "x")
+        )
+        for key in ours:
+            np.testing.assert_array_equal(ours[key], theirs[key], err_msg=key)
+        # LDM's text encoder has a head that nothing is computed with.
+        assert all("to_logits" in key for key in theirs.keys() - ours.keys())
+    read = cls.from_pretrained(tmp_path / "y")
+    assert read.scheduler.config.beta_end == 0.0195
+    again = ldm_jax.load(tmp_path / "y")
+    same = np.testing.assert_array_equal
+    jax.tree.map(same, again.params, model.params)
+    jax.tree.map(same, again.first_stage, model.first_stage)
+    assert again.config.to_dict() == model.config.to_dict()
+    return model

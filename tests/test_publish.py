@@ -13,7 +13,7 @@ from safetensors import numpy as safetensors_numpy
 
 import ldm_jax
 from ldm_jax import config as config_lib
-from ldm_jax import convert, draw, preset_of, publish
+from ldm_jax import convert, draw, preset_of, publish, publish_folder
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
@@ -97,7 +97,7 @@ def test_there_and_back_is_bit_for_bit(tmp_path, run, name):
     c = model.model.latent_shape[-1]
     model = _scaled(model, [0.0] * c, [1 / 0.18215] * c)
     path = tmp_path / name
-    (publish.write_folder if name == "folder" else publish.write_file)(model, path)
+    (publish_folder.write if name == "folder" else publish.write_file)(model, path)
     again = ldm_jax.load(path, config=_spec(run, tmp_path))
     _same(again, model)
     if name == "folder":
@@ -137,7 +137,7 @@ def test_a_tower_that_stops_early_goes_there_and_back(tmp_path):
     prefix = "cond_stage_model.model.transformer.resblocks."
     assert {k[len(prefix)] for k in arrays if k.startswith(prefix)} == {"0"}
     _same(ldm_jax.load(tmp_path / "x.safetensors", config=spec), model)
-    publish.write_folder(model, tmp_path / "folder")
+    publish_folder.write(model, tmp_path / "folder")
     _same(ldm_jax.load(tmp_path / "folder", config=spec), model)
 
 
@@ -165,7 +165,7 @@ def test_a_spread_of_each_channel_goes_into_the_autoencoder(tmp_path, run):
 def test_a_folder_is_recognised_by_its_parts(tmp_path, run):
     """No config: heads, noise and size are in its json files, the rest in shapes."""
     model = ldm_jax.load(run)
-    publish.write_folder(model, tmp_path / "folder")
+    publish_folder.write(model, tmp_path / "folder")
     again = ldm_jax.load(tmp_path / "folder")
     assert again.config.preset == preset_of.READ_OFF and again.size == model.size
     noise = np.random.default_rng(0).normal(size=(1, *model.model.latent_shape))
@@ -178,7 +178,7 @@ def test_diffusers_draws_the_same(tmp_path, run):
     diffusers = pytest.importorskip("diffusers")
     torch = pytest.importorskip("torch")
     model = ldm_jax.load(run)
-    publish.write_folder(model, tmp_path / "folder")
+    publish_folder.write(model, tmp_path / "folder")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder")
     pipeline.set_progress_bar_config(disable=True)
     noise = np.random.default_rng(0).normal(size=(1, *model.model.latent_shape))
@@ -213,7 +213,7 @@ def test_diffusers_fills_holes_the_same(tmp_path):
     quant = model.first_stage.params["quant_conv"]
     quant["kernel"] = quant["kernel"].at[..., 4:].set(0)
     quant["bias"] = quant["bias"].at[4:].set(-30)
-    publish.write_folder(model, tmp_path / "folder")
+    publish_folder.write(model, tmp_path / "folder")
     pipeline = diffusers.StableDiffusionInpaintPipeline.from_pretrained(
         tmp_path / "folder"
     )
@@ -280,7 +280,7 @@ PROCESS = "scheduler/scheduler_config.json"
     ],
 )
 def test_a_folder_that_does_not_fit_is_a_line(tmp_path, run, capsys, change, words):
-    publish.write_folder(ldm_jax.load(run), tmp_path / "folder")
+    publish_folder.write(ldm_jax.load(run), tmp_path / "folder")
     change(tmp_path / "folder")
     spec = _spec(run, tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -295,8 +295,8 @@ def test_a_folder_that_does_not_fit_is_a_line(tmp_path, run, capsys, change, wor
 
 def test_what_others_can_not_hold_is_a_line(tmp_path, run, capsys):
     runs.untrained(tmp_path / "words", runs.debug())
-    with pytest.raises(UserError, match="no pipeline of diffusers; it takes CLIP"):
-        publish.write_folder(ldm_jax.load(tmp_path / "words"), tmp_path / "x")
+    with pytest.raises(UserError, match="length: 20, with a first stage of f = 2"):
+        publish_folder.write(ldm_jax.load(tmp_path / "words"), tmp_path / "x")
     publish.write_file(ldm_jax.load(tmp_path / "words"), tmp_path / "x.safetensors")
     with pytest.raises(SystemExit):
         convert_main.main(

@@ -79,7 +79,7 @@ def _export(
     args: argparse.Namespace, rest: Sequence[str], destination: pathlib.Path
 ) -> None:
     """A run to a file or a folder of others."""
-    from ldm_jax import loaded, publish
+    from ldm_jax import loaded, publish, publish_folder
 
     chosen = args.config or args.raw_weights or args.allow_missing
     if chosen or rest or args.scale_factor is not None:
@@ -88,7 +88,7 @@ def _export(
             " leave --config and the like out"
         )
     to_file = destination.suffix == ".safetensors"
-    write = publish.write_file if to_file else publish.write_folder
+    write = publish.write_file if to_file else publish_folder.write
     write(loaded.load(args.src), destination)
     print(f"{args.src} in {destination}")
 

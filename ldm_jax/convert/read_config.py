@@ -98,6 +98,9 @@ def originals(kind: str, config: Config, shapes: Shapes) -> dict[str, Any]:
         found["disable_self_attentions"] = tuple(only)
     if config.get("class_embed_type") == "identity":
         found["num_classes"] = "added"
+    if config.get("class_embed_type") == "projection":  # else told by its width
+        width = config["projection_class_embeddings_input_dim"]
+        found |= {"num_classes": "sequential", "adm_in_channels": width}
     if any(".transformer_blocks." in key for key in shapes):
         return found | _diffusers_heads(config)
     # In models without context this is channels a head; None is one head.

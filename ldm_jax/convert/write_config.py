@@ -10,7 +10,7 @@ from typing import Any
 
 from ldm_jax.config import UserError
 from ldm_jax.convert import diffusers
-from ldm_jax.nets import autoencoder, clip_vision, t5, text_encoder, unet
+from ldm_jax.nets import autoencoder, clip_vision, dpt, t5, text_encoder, unet
 
 
 def _refuse(net: Any, faults: dict[str, str]) -> None:
@@ -328,6 +328,41 @@ def _tower(net: Any, depth: int) -> dict[str, Any]:
         "hidden_act": net.activation,
         "layer_norm_eps": 1e-5,
         "attention_dropout": 0.0,
+    }
+
+
+# --- depth
+
+
+def dpt_of(net: dpt.DPTHybrid) -> dict[str, Any]:
+    """config.json of DPTForDepthEstimation."""
+    backbone = {
+        "model_type": "bit",
+        "embedding_size": net.stem,
+        "hidden_sizes": list(net.widths),
+        "depths": list(net.depths),
+        "num_groups": net.groups,
+        "layer_type": "bottleneck",
+        "global_padding": "same",
+        "embedding_dynamic_padding": True,
+        "out_features": ["stage1", "stage2", "stage3"],
+    }
+    return {
+        "architectures": ["DPTForDepthEstimation"],
+        "model_type": "dpt",
+        "is_hybrid": True,
+        "backbone_config": backbone,
+        "hidden_size": net.dim,
+        "intermediate_size": 4 * net.dim,
+        "num_hidden_layers": net.taps[-1] + 1,
+        "num_attention_heads": net.heads,
+        "image_size": 16 * net.grid,
+        "patch_size": 16,
+        "backbone_out_indices": [0, 1, *net.taps],
+        "backbone_featmap_shape": [1, net.widths[-1], net.grid, net.grid],
+        "reassemble_factors": [1, 1, 1, 0.5],
+        "neck_hidden_sizes": [*net.widths[:2], *net.reassembled],
+        "fusion_hidden_size": net.fusion,
     }
 
 

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 import ldm_jax
-from ldm_jax import inversion, publish
+from ldm_jax import inversion, publish, publish_folder
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
 from ldm_jax.convert import embedding_files
@@ -166,7 +166,7 @@ def test_diffusers_reads_the_token(tmp_path):
     rows = np.random.default_rng(0).normal(size=(3, 64)).astype(np.float32)
     mine = model.with_tokens({"<toy>": rows})
     mine.save_tokens(tmp_path / "toy.safetensors")
-    publish.write_folder(model, tmp_path / "folder")
+    publish_folder.write(model, tmp_path / "folder")
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "folder")
     length = model.config.conditioners.text.length
     pipeline.tokenizer.model_max_length = length
