@@ -39,7 +39,8 @@ class Part(NamedTuple):
         folder.mkdir(parents=True)
         _write_json(folder / f"{name}.json", self.config)
         if self.arrays is not None:
-            stem = "diffusion_pytorch_" * (self.library != "transformers") + "model"
+            # Models of transformers have a type instead, also in diffusers' own folders.
+            stem = "diffusion_pytorch_" * ("_class_name" in self.config) + "model"
             file = folder / f"{stem}.safetensors"
             safetensors_numpy.save_file(dict(self.arrays), file, publish.META)
 
