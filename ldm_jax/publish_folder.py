@@ -39,7 +39,7 @@ class Part(NamedTuple):
         folder.mkdir(parents=True)
         _write_json(folder / f"{name}.json", self.config)
         if self.arrays is not None:
-            # Models of transformers have a type instead, also in diffusers' own folders.
+            # Models of transformers have a type instead, also those of diffusers.
             stem = "diffusion_pytorch_" * ("_class_name" in self.config) + "model"
             file = folder / f"{stem}.safetensors"
             safetensors_numpy.save_file(dict(self.arrays), file, publish.META)
