@@ -52,7 +52,7 @@ def start(
     settings = config.diffusion_stage.lora
     if not settings.get("init_from"):
         return None
-    starting = partial(lora.start, settings, model.unet)
+    starting = partial(lora.start, settings, model)
     starting(jax.eval_shape(initializer(config, model), jax.random.key(0)))
     return starting
 

@@ -16,7 +16,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from ldm_jax import adapters, convert, inversion, lora, picture
+from ldm_jax import adapters, inversion, lora, picture
 from ldm_jax import draw as draw_lib
 from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import frozen as frozen_lib
@@ -213,37 +213,40 @@ class LoadedModel:
         lora_file: str | os.PathLike | Mapping[str, Any],
         scale: float = 1.0,
     ) -> "LoadedModel":
-        """This model with a LoRA of diffusers, PEFT or kohya added to its UNet.
+        """This model with a LoRA of diffusers, PEFT or kohya added to it.
 
-        `lora_file` is a file or a state dict, `scale` how strongly it is added.
-        Raises UserError where it is none of this UNet.
+        To its UNet, and to CLIP's text tower where the file has factors of that too.
+        `lora_file` is a file or a state dict, `scale` how strongly it is added. Raises
+        UserError where it is none of these nets.
         """
-        factors, rank, alpha = convert.import_lora(self.model.unet, lora_file)
-        unet = lora.add(self.params["unet"], factors, scale * alpha / rank)
-        unet = jax.tree.map(jnp.asarray, unet)
-        return dataclasses.replace(self, params={**self.params, "unet": unet})
+        encoders = self.first_stage.encoders
+        nets = {**self.params["conditioners"], **encoders}
+        tree = {"unet": self.params["unet"], "conditioners": nets}
+        for factors, rank, alpha in lora.read(self.model, lora_file):
+            tree = lora.add(tree, factors, scale * alpha / rank)
+        tree = jax.tree.map(jnp.asarray, tree)
+        nets = tree["conditioners"]
+        own = {name: nets[name] for name in self.params["conditioners"]}
+        params = {**self.params, "unet": tree["unet"], "conditioners": own}
+        frozen = {name: nets[name] for name in encoders}
+        return dataclasses.replace(
+            self, params=params, first_stage=self.first_stage.replace(encoders=frozen)
+        )
 
     def save_lora(self, path: str | os.PathLike) -> None:
         """Writes the factors that this run trained as diffusers reads them.
 
         `path` is a new .safetensors file, written whole or not at all. Raises UserError
-        for a run without factors, or with those of more than the UNet.
+        for a run without factors, or with those of another net than the UNet and CLIP's
+        text tower.
         """
         if self.factors is None:
             raise UserError(
                 f"path: {path}, but this run trained no factors; train with"
                 " diffusion_stage.lora.rank"
             )
-        others = sorted(set(self.factors) - {"unet"})
-        if others:
-            raise UserError(
-                f"path: {path}, but this run trained factors of {', '.join(others)}"
-                " too, which such a file has no names for; keep lora.targets to unet/"
-            )
-        path = _new_file(path)
-        settings = self.config.diffusion_stage.lora
-        rank, alpha = settings.rank, settings.alpha or settings.rank
-        state = convert.export_lora(self.model.unet, self.factors["unet"], rank, alpha)
+        path, settings = _new_file(path), self.config.diffusion_stage.lora
+        state = lora.state_dict(self.model, self.factors, settings)
         frozen_lib.write_params(path, state)
 
     def with_tokens(

@@ -8,7 +8,9 @@ blocks' convolutions too. `lora.init_from` names a file of diffusers, PEFT or ko
 whose factors are trained on.
 """
 
+import os
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -20,8 +22,10 @@ import ml_collections
 import numpy as np
 
 from ldm_jax import convert
+from ldm_jax import model as model_lib
 from ldm_jax.config import UserError
-from ldm_jax.nets import unet as unet_lib
+from ldm_jax.convert import lora_files
+from ldm_jax.nets import text_encoder
 
 TARGETS = r"attn[12]/to_(q|k|v|out)/kernel"
 
@@ -113,31 +117,94 @@ def add(
     return flax.traverse_util.unflatten_dict(params, sep="/")
 
 
-def start(settings: ml_collections.ConfigDict, unet: unet_lib.UNet, fresh: Any) -> Any:
+def read(
+    model: model_lib.LatentDiffusion, source: str | os.PathLike | Mapping[str, Any]
+) -> list[tuple[dict[str, Any], int, float]]:
+    """(factors, rank, alpha) of a LoRA for the UNet, and for CLIP's text tower.
+
+    Factors are nested like a model's params. Those of text towers that the model has
+    not are left out with a warning. Raises UserError where nothing is left, or a kernel
+    is not the model's.
+    """
+    there, found = lora_files.nets_of(source), []
+    texts = _towers(model)
+    if "text_encoder" in there and len(texts) == 1:
+        ((name, net),) = texts.items()
+        factors, rank, alpha = convert.import_lora(net, source)
+        found.append(({"conditioners": {name: factors}}, rank, alpha))
+        there.remove("text_encoder")
+    left = sorted(there - {"unet"})
+    if left:
+        warnings.warn(
+            f"the factors of {' and '.join(left)} are left out: this model has no such"
+            " net",
+            stacklevel=3,
+        )
+    if "unet" in there or not found:
+        factors, rank, alpha = convert.import_lora(model.unet, source)
+        found.append(({"unet": factors}, rank, alpha))
+    return found
+
+
+def state_dict(
+    model: model_lib.LatentDiffusion,
+    factors: Mapping[str, Any],
+    settings: ml_collections.ConfigDict,
+) -> dict[str, np.ndarray]:
+    """Trained factors under diffusers' keys.
+
+    Raises UserError for those of another net than the UNet and CLIP's text tower.
+    """
+    rank, alpha = settings.rank, settings.alpha or settings.rank
+    texts, state = _towers(model), {}
+    parts = {"unet": (model.unet, factors.get("unet", {}))}
+    for name, tree in factors.get("conditioners", {}).items():
+        if list(texts) != [name]:
+            raise UserError(
+                f"conditioners.{name}: its factors have no names in such a file, which"
+                " is of a UNet and of CLIP's text tower; keep lora.targets to unet/"
+            )
+        parts[name] = texts[name], tree
+    for net, tree in parts.values():
+        state |= convert.export_lora(net, tree, rank, alpha)
+    return state
+
+
+def _towers(model: model_lib.LatentDiffusion) -> dict[str, Any]:
+    """{name: net} of the conditions that are CLIP's text tower."""
+    cls = text_encoder.CLIPTextTransformer
+    nets = {name: c.net for name, c in model.conditioners.items()}
+    return {name: net for name, net in nets.items() if isinstance(net, cls)}
+
+
+def start(
+    settings: ml_collections.ConfigDict, model: model_lib.LatentDiffusion, fresh: Any
+) -> Any:
     """`fresh` factors with those of the file `settings.init_from` in their places.
 
     Where the file's alpha is another, b is scaled. UserError where the ranks differ,
     or the file has factors of a kernel that `settings.targets` leaves out.
     """
     option = f"diffusion_stage.lora.init_from: {settings.init_from!r}"
+    started = flax.traverse_util.flatten_dict(dict(fresh), sep="/")
     try:
-        factors, rank, alpha = convert.import_lora(unet, settings.init_from)
+        parts = read(model, settings.init_from)
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
-    if rank != settings.rank:
-        raise UserError(
-            f"{option} is of rank {rank}, diffusion_stage.lora.rank of {settings.rank};"
-            f" set the latter to {rank}"
-        )
-    ratio = np.float32(alpha / (settings.alpha or settings.rank))
-    found = flax.traverse_util.flatten_dict({"unet": factors}, sep="/")
-    started = flax.traverse_util.flatten_dict(dict(fresh), sep="/")
-    for path, value in found.items():
-        if path not in started:
-            kernel = path.rpartition("/")[0]
+    for factors, rank, alpha in parts:
+        if rank != settings.rank:
             raise UserError(
-                f"{option} has factors of {kernel}, which diffusion_stage.lora.targets"
-                " leaves out; give a pattern that is in its path too"
+                f"{option} is of rank {rank}, diffusion_stage.lora.rank of"
+                f" {settings.rank}; set the latter to {rank}"
             )
-        started[path] = value * ratio if path.endswith("/b") else value
+        ratio = np.float32(alpha / (settings.alpha or settings.rank))
+        for path, value in flax.traverse_util.flatten_dict(factors, sep="/").items():
+            if path not in started:
+                kernel = path.rpartition("/")[0]
+                raise UserError(
+                    f"{option} has factors of {kernel}, which is frozen or left out by"
+                    " diffusion_stage.lora.targets; give a pattern that is in its path"
+                    " too, or add the file to the model that training starts from"
+                )
+            started[path] = value * ratio if path.endswith("/b") else value
     return flax.traverse_util.unflatten_dict(started, sep="/")

@@ -29,19 +29,19 @@ def export_network(
 
 
 def import_lora(
-    unet: "nn.Module",
+    net: "nn.Module",
     state_dict_or_path: "Mapping[str, Any] | str | os.PathLike",
 ) -> tuple[dict[str, Any], int, float]:
-    """A UNet's factors, rank and alpha from a LoRA; as `lora_files` has it."""
+    """A net's factors, rank and alpha from a LoRA; as `lora_files` has it."""
     from ldm_jax.convert import lora_files
 
-    return lora_files.import_lora(unet, state_dict_or_path)
+    return lora_files.import_lora(net, state_dict_or_path)
 
 
 def export_lora(
-    unet: "nn.Module", factors: Mapping[str, Any], rank: int, alpha: float
+    net: "nn.Module", factors: Mapping[str, Any], rank: int, alpha: float
 ) -> "dict[str, np.ndarray]":
     """The state dict of such factors for diffusers; as `lora_files` has it."""
     from ldm_jax.convert import lora_files
 
-    return lora_files.export_lora(unet, factors, rank, alpha)
+    return lora_files.export_lora(net, factors, rank, alpha)

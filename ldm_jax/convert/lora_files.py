@@ -2,8 +2,9 @@
 
 Here a kernel [..., in, out] has the factors a [..., in, rank] and b [rank, out] that
 `ldm_jax.lora` trains; there its module has two small layers, which lie in torch as the
-module's own kernel does. So their names and layouts come from the UNet's rules. Where
-q, k and v are one kernel here and three modules there, b is their three side by side.
+module's own kernel does. So their names and layouts come from the rules of the nets: a
+UNet, or CLIP's text tower, which a file may have factors of too. Where q, k and v are
+one kernel here and three modules there, b is their three side by side.
 """
 
 import json
@@ -11,7 +12,6 @@ import math
 import os
 import pathlib
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -22,12 +22,13 @@ import safetensors
 
 from ldm_jax.config import UserError
 from ldm_jax.convert import files, networks, plans
+from ldm_jax.nets import text_encoder
 from ldm_jax.nets import unet as unet_lib
 
 METADATA = "lora_adapter_metadata"  # where diffusers keeps PEFT's config, as JSON
 _KEYS = (
     re.compile(r"(.+)\.(lora_A|lora_B)(?:\.default\w*)?\.weight"),  # PEFT
-    re.compile(r"(.+)\.lora[._](down|up)\.weight"),  # diffusers to 0.20; kohya
+    re.compile(r"(.+)\.lora(?:_linear_layer)?[._](down|up)\.weight"),  # …0.20; kohya
     re.compile(r"(.+)_lora\.(down|up)\.weight"),  # processors, diffusers to 0.17
     re.compile(r"(.+)\.(alpha)"),
 )
@@ -44,7 +45,13 @@ _OTHER_KINDS = {
 _FOLDER = ("adapter_model.safetensors", "adapter_model.bin")
 _FOLDER_CONFIG = "adapter_config.json"
 _PART = {"lora_A": "a", "down": "a", "lora_B": "b", "up": "b", "alpha": "alpha"}
-_OTHERS = ("text_encoder", "lora_te")
+# Of a text tower; those of a second one, which Stable Diffusion has not.
+_TEXT = re.compile(
+    r"(base_model\.model\.)?(text_encoder\.|lora_te1?_|text_model\.|encoder\.layers)"
+)
+_SECOND = ("text_encoder_2.", "lora_te2_")
+
+Net = unet_lib.UNet | text_encoder.CLIPTextTransformer
 
 
 class _Module(NamedTuple):
@@ -58,22 +65,25 @@ class _Module(NamedTuple):
 
 
 def export_lora(
-    unet: unet_lib.UNet, factors: Mapping[str, Any], rank: int, alpha: float
+    net: Net, factors: Mapping[str, Any], rank: int, alpha: float
 ) -> dict[str, np.ndarray]:
-    """Factors of a UNet under diffusers' keys, `unet.….lora_A.weight` and `lora_B`.
+    """Factors of a net under diffusers' keys, `unet.….lora_A.weight` and `lora_B`.
 
-    `factors` are nested like the UNet's params, each kernel {"a", "b"}. Readers take a
-    file's rank for its alpha unless metadata say otherwise, so alpha / rank goes into
-    lora_B (exactly where it is a power of two). UserError in one line where diffusers
-    has no such UNet, or a kernel is not the UNet's.
+    Those of CLIP's text tower begin with `text_encoder.`. `factors` are nested like the
+    net's params, each kernel {"a", "b"}. Readers take a file's rank for its alpha
+    unless metadata say otherwise, so alpha / rank goes into lora_B (exactly where it is
+    a power of two). UserError in one line where diffusers has no such net, or a kernel
+    is not the net's.
     """
     modules: dict[str, list[_Module]] = {}
-    for module in _modules(*networks.unet_plan(unet, "diffusers")[:2]):
+    for module in _modules(*_plans(net)[-1][:2]):
         modules.setdefault(module.path, []).append(module)
     state = {}
     for path, (a, b) in sorted(_pairs(factors).items()):
         if path not in modules:
-            raise UserError(f"factors: the UNet has no {path}; give those of this UNet")
+            raise UserError(
+                f"factors: {_called(net)} has no {path}; give those of this net"
+            )
         if a.shape[-1] != rank or b.shape[0] != rank:
             raise UserError(
                 f"rank: {rank}, but {path} has factors {a.shape} and {b.shape}; give"
@@ -84,41 +94,39 @@ def export_lora(
             there = module.b.to_torch(b)
             if module.third is not None:
                 there = np.split(there[..., 0], 3)[module.third]
-            name = f"unet.{module.key}"
+            name = f"{'text_encoder' if _is_text(net) else 'unet'}.{module.key}"
             state[f"{name}.lora_A.weight"] = np.ascontiguousarray(module.a.to_torch(a))
             state[f"{name}.lora_B.weight"] = np.ascontiguousarray(there)
     return state
 
 
 def import_lora(
-    unet: unet_lib.UNet, state_dict_or_path: Mapping[str, Any] | str | os.PathLike
+    net: Net, state_dict_or_path: Mapping[str, Any] | str | os.PathLike
 ) -> tuple[dict[str, Any], int, float]:
-    """(factors, rank, alpha) of a UNet from a LoRA's state dict or a file of one.
+    """(factors, rank, alpha) of a net from a LoRA's state dict or a file of one.
 
     Takes diffusers' keys (today's, `.lora.down.weight`, `.processor.to_q_lora.…`) with
-    or without `unet.`, kohya's (`lora_unet_…`, of either naming of blocks), and the
-    folder that PEFT's `save_pretrained` makes of a UNet (`base_model.model.…`). An
-    alpha that is neither among the keys nor in a file's metadata is the rank. Modules
-    that differ get zeros up to the highest rank and, if their scales do, these go into
-    b; else every number is kept. Factors of text encoders are left out with a warning.
-    UserError in one line for other keys and wrong shapes, and for DoRA, LoHa and others
-    that are not the product of two factors.
+    or without `unet.`, kohya's (`lora_unet_…`, `lora_te_…`, of either naming of
+    blocks), and the folder that PEFT's `save_pretrained` makes of a net
+    (`base_model.model.…`). What it has of the other kind of net is left alone, see
+    `nets_of`. An alpha that is neither among the keys nor in a file's metadata is the
+    rank. Modules that differ get zeros up to the highest rank and, if their scales do,
+    these go into b; else every number is kept. UserError in one line for other keys and
+    wrong shapes, and for DoRA, LoHa and others that are not the product of two factors.
     """
-    state, metadata = _read(state_dict_or_path)
-    modules = _known(unet)
+    state, metadata = _read(state_dict_or_path, net)
+    modules = _known(net)
     found: dict[str, dict[str, np.ndarray]] = {}
     named: dict[str, _Module] = {}
-    left = 0
     for key, value in state.items():
-        if key.startswith(_OTHERS):
-            left += 1
+        if key.startswith(_SECOND) or bool(_TEXT.match(key)) != _is_text(net):
             continue
         name, part = _parsed(key)
         module = modules.get(name)
         if module is None:
             raise UserError(
-                f"{key}: of shape {np.shape(value)}, but the UNet has no such module;"
-                " give a LoRA of this UNet's kind"
+                f"{key}: of shape {np.shape(value)}, but {_called(net)} has no such"
+                " module; give a LoRA of this net's kind"
             )
         named[name] = module
         value = np.asarray(value)
@@ -126,19 +134,14 @@ def import_lora(
             raise UserError(f"{key}: of {value.dtype}; give floats")
         value = value if part == "alpha" else value.astype(np.float32)
         found.setdefault(name, {})[part] = value
-    if left:
-        warnings.warn(
-            f"{left} arrays of text encoders are left out: only the UNet takes factors"
-            " from files",
-            stacklevel=2,
-        )
     if not found:
-        raise UserError("state_dict_or_path: it has no factors of a UNet; give a LoRA")
+        what = _called(net).replace("the ", "a ")
+        raise UserError(f"state_dict_or_path: it has no factors of {what}; give a LoRA")
     kernels: dict[str, list[tuple]] = {}
-    plan = networks.unet_plan(unet, "compvis")
+    shapes = _plans(net)[0].shapes
     for name, parts in found.items():
         module = named[name]
-        entry = _entry(name, module, parts, metadata, plan.shapes)
+        entry = _entry(net, name, module, parts, metadata, shapes)
         group = kernels.setdefault(module.path, [])
         if any(module.third == other.third for other, *_ in group):
             raise UserError(
@@ -169,13 +172,30 @@ def _modules(
         yield _Module(key, rule.path, layout, second)
 
 
-def _known(unet: unet_lib.UNet) -> dict[str, _Module]:
+def _is_text(net: Net) -> bool:
+    return isinstance(net, text_encoder.CLIPTextTransformer)
+
+
+def _called(net: Net) -> str:
+    return "the text encoder" if _is_text(net) else "the UNet"
+
+
+def _plans(net: Net) -> list[plans.Plan]:
+    """Of all layouts whose names a file may have; the last is that of diffusers."""
+    if _is_text(net):  # which has as many layers there as are run
+        net = net.clone(depth=net.blocks, layer="last", final_norm=True)
+        return [networks.plan_of(net, "huggingface", {})]
+    return [networks.unet_plan(net, layout) for layout in ("compvis", "diffusers")]
+
+
+def _known(net: Net) -> dict[str, _Module]:
     """Modules by diffusers' names and by CompVis's, with dots and as kohya has them."""
     known = {}
-    for layout in ("compvis", "diffusers"):
-        rules, shapes, _ = networks.unet_plan(unet, layout)
-        for module in _modules(rules, shapes):
-            known[module.key] = known[module.key.replace(".", "_")] = module
+    for plan in _plans(net):
+        for module in _modules(plan.rules, plan.shapes):
+            key = module.key
+            for name in (key, key.removeprefix("text_model.")):
+                known[name] = known[name.replace(".", "_")] = module
     return known
 
 
@@ -197,7 +217,9 @@ def _parsed(key: str) -> tuple[str, str]:
             " and lora.up, lora_down and lora_up, alpha); leave it out"
         )
     name = match[1].removeprefix("base_model.model.")
-    name = name.removeprefix("unet.").removeprefix("lora_unet_")
+    name = re.sub(r"^(unet\.|text_encoder\.|lora_unet_|lora_te1?_)", "", name)
+    if ".self_attn.to_" in name:  # a text tower's, in diffusers to 0.17
+        name = re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", name)
     if ".processor." in name:
         name = re.sub(r"\.processor\.", ".", name)
         name = re.sub(r"\.to_out$", ".to_out.0", name)
@@ -214,12 +236,30 @@ def _pairs(factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray
 # --- what a file has
 
 
-def _read(source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def nets_of(source: Mapping[str, Any] | str | os.PathLike) -> set[str]:
+    """Which of "unet", "text_encoder" and "text_encoder_2" it has factors of."""
+
+    def net_of(key):
+        if key.startswith(_SECOND):
+            return "text_encoder_2"
+        return "text_encoder" if _TEXT.match(key) else "unet"
+
+    return {net_of(key) for key in _arrays(source)[0]}
+
+
+def _arrays(source) -> tuple[Mapping[str, Any], pathlib.Path | None]:
+    """(the arrays, their file)"""
+    if not isinstance(source, str | os.PathLike):
+        return source, None
+    path = _file(pathlib.Path(source).expanduser())
+    return files.read(path, "state_dict_or_path"), path
+
+
+def _read(source, net: Net) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays, and what the metadata of a file tell of PEFT's config."""
     metadata = {}
-    if isinstance(source, str | os.PathLike):
-        path = _file(pathlib.Path(source).expanduser())
-        source = files.read(path, "state_dict_or_path")
+    arrays, path = _arrays(source)
+    if path is not None:
         beside, told, where = path.with_name(_FOLDER_CONFIG), "{}", path
         if path.name in _FOLDER and beside.is_file():
             told, where = beside.read_text(), beside
@@ -233,8 +273,9 @@ def _read(source) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
                 f"state_dict_or_path: what {where} says of its config is no JSON"
                 f" ({error}); save it anew"
             ) from error
-        metadata = {k.removeprefix("unet."): v for k, v in metadata.items()}
-    return {k: networks.as_array(v) for k, v in source.items()}, metadata
+        own = "text_encoder." if _is_text(net) else "unet."
+        metadata = {k.removeprefix(own): v for k, v in metadata.items()}
+    return {k: networks.as_array(v) for k, v in arrays.items()}, metadata
 
 
 def _file(path: pathlib.Path) -> pathlib.Path:
@@ -251,6 +292,7 @@ def _file(path: pathlib.Path) -> pathlib.Path:
 
 
 def _entry(
+    net: Net,
     name: str,
     module: _Module,
     parts: Mapping[str, np.ndarray],
@@ -278,7 +320,7 @@ def _entry(
             which = "first" if part == "a" else "second"
             raise UserError(
                 f"{name}: its {which} factor is of shape {parts[part].shape}, the"
-                f" UNet's kernel takes {shape}; give a LoRA of a UNet of these widths"
+                f" kernel of {_called(net)} takes {shape}; give a LoRA of such widths"
             )
     if "alpha" in parts:
         if parts["alpha"].size != 1:

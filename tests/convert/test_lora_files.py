@@ -13,7 +13,8 @@ from safetensors import numpy as safetensors_numpy
 
 from ldm_jax import convert, lora
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis
+from ldm_jax.convert import compvis, lora_files
+from ldm_jax.nets import text_encoder
 from ldm_jax.nets import unet as unet_lib
 from tests import parity
 
@@ -229,14 +230,62 @@ def test_metadata_of_a_file_tell_alpha(tmp_path):
     assert read()[2] == 4.0
 
 
-def test_text_encoders_are_left_out_with_a_warning():
-    net = _unet()
+def _tower(**options):
+    made = dict(vocab_size=20, max_seq_len=9, dim=32, depth=2, heads=2) | options
+    return text_encoder.CLIPTextTransformer(**made)
+
+
+@pytest.mark.parametrize("layer", ["last", "penultimate"])
+def test_factors_of_a_text_tower_come_back_beside_those_of_a_unet(layer):
+    net, tower = _unet(), _tower(layer=layer)
     factors = _factors(net, 2, "attn1/to_q")
+    rng, flat = np.random.default_rng(0), {}
+    for kernel, out in (("attn/to_q", 32), ("attn/to_out", 32), ("ff_in", 128)):
+        flat[f"layer_0/{kernel}/kernel/a"] = rng.normal(size=(32, 4))
+        flat[f"layer_0/{kernel}/kernel/b"] = rng.normal(size=(4, out))
+    flat = {path: value.astype(np.float32) for path, value in flat.items()}
+    of_text = flax.traverse_util.unflatten_dict(flat, sep="/")
     state = convert.export_lora(net, factors, 2, 2)
-    state["text_encoder.text_model.x.lora_A.weight"] = np.ones((2, 3), np.float32)
-    with pytest.warns(UserWarning, match="^1 arrays of text encoders are left out"):
-        again, *_ = convert.import_lora(net, state)
-    _same(factors, again)
+    written = convert.export_lora(tower, of_text, 4, 4)
+    layers = "text_encoder.text_model.encoder.layers.0"
+    assert {key.removeprefix(layers).rpartition(".lora")[0] for key in written} == {
+        ".self_attn.q_proj",
+        ".self_attn.out_proj",
+        ".mlp.fc1",
+    }
+    assert lora_files.nets_of(written) == {"text_encoder"}
+    both = state | written
+    assert lora_files.nets_of(both) == {"unet", "text_encoder"}
+    _same(factors, convert.import_lora(net, both)[0])
+    layers = {"A": "down", "B": "up"}
+
+    for rename in (
+        lambda key: key,
+        lambda key: key.replace("text_model.", ""),  # of transformers 5
+        lambda key: re.sub(
+            r"lora_([AB])", lambda m: f"lora_linear_layer.{layers[m[1]]}", key
+        ),
+        lambda key: re.sub(
+            r"\.(q|out)_proj\.lora_([AB])",
+            lambda m: f".to_{m[1]}_lora.{layers[m[2]]}",
+            key,
+        ),
+        lambda key: "base_model.model." + key.removeprefix("text_encoder."),
+        lambda key: _kohya(f"unet.{key}").replace("unet_text_encoder", "te"),
+    ):
+        named = {rename(key): value for key, value in written.items()}
+        again, rank, alpha = convert.import_lora(tower, named)
+        assert (rank, alpha) == (4, 4)
+        _same(of_text, again)
+    with pytest.raises(
+        UserError, match="^state_dict_or_path: .* of a text encoder; gi"
+    ):
+        convert.import_lora(tower, state)
+    wrong = {key.replace("layers.0", "layers.9"): x for key, x in written.items()}
+    with pytest.raises(
+        UserError, match="^text_.*layers.9.* text encoder has no such m"
+    ):
+        convert.import_lora(tower, wrong)
 
 
 @pytest.mark.parametrize(
