@@ -32,11 +32,21 @@ def names(model: model_lib.LatentDiffusion) -> list[str]:
     ]
 
 
+def missing(model: model_lib.LatentDiffusion, workdir: pathlib.Path) -> list[str]:
+    """The frozen conditions of whose nets the run has no copy yet."""
+    return [name for name in names(model) if not copy_path(workdir, name).is_file()]
+
+
 def check(
-    model: model_lib.LatentDiffusion, given: Mapping[str, Any] | None = None
+    model: model_lib.LatentDiffusion,
+    workdir: pathlib.Path,
+    given: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raises UserError for a frozen net that names no weights and isn't `given`."""
-    for name in names(model):
+    """Raises UserError for a frozen net that has no weights.
+
+    They are in the run, or `given`, or the config says where they are.
+    """
+    for name in missing(model, workdir):
         if model.conditioners[name].weights is None and name not in (given or {}):
             raise UserError(
                 f"conditioners.{name}.trainable: False, but a frozen net needs weights;"

@@ -152,7 +152,7 @@ def test_dtypes_that_numpy_has_not(tmp_path, dtype, one):
 def test_weights_that_are_not_there(tmp_path, weights, words):
     model = runs.build(config(weights))
     with pytest.raises(UserError, match=words):
-        frozen.check(model)
+        frozen.check(model, tmp_path)
         frozen.load(model, tmp_path)
 
 

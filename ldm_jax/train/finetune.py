@@ -67,10 +67,15 @@ def prepare(
 
 
 def encoders(
-    config: ml_collections.ConfigDict, model: model_lib.LatentDiffusion
+    config: ml_collections.ConfigDict,
+    model: model_lib.LatentDiffusion,
+    workdir: pathlib.Path,
 ) -> dict[str, Any]:
-    """{name: params} of the frozen nets that this model and that run both have."""
-    names = frozen_lib.names(model)
+    """{name: params} of the frozen nets that this model and that run both have.
+
+    Those that are in the workdir already are left out.
+    """
+    names = frozen_lib.missing(model, workdir)
     if not config.get("init_from") or not names:
         return {}
     run, key = origin.run_of(config, "init_from"), jax.random.key(0)

@@ -433,8 +433,8 @@ def train(
         if "classifier" in config.stages:
             for source in (train_source, heldout_source):
                 step_classifier.check_labels(config, model, source)
-        taken_over = finetune.encoders(config, model)
-        frozen_lib.check(model, taken_over)
+        taken_over = finetune.encoders(config, model, workdir)
+        frozen_lib.check(model, workdir, taken_over)
         encoders = frozen_lib.load(model, workdir, taken_over)
         base, start = finetune.prepare(config, model, workdir, encoders, tokenizer_of)
     first = checkpoint.Checkpoints(workdir / "autoencoder")

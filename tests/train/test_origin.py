@@ -90,9 +90,20 @@ def test_a_frozen_tower_comes_with_the_model(tmp_path):
 
     # Another tower is not that one.
     heir.conditioners.text.net.depth = 2
-    assert finetune.encoders(heir, runs.build(heir)) == {}
+    assert finetune.encoders(heir, runs.build(heir), tmp_path / "new") == {}
     heir.conditioners.text.net.depth = 1
-    assert finetune.encoders(heir, runs.build(heir)).keys() == {"text"}
+    taken = finetune.encoders(heir, runs.build(heir), tmp_path / "new")
+    assert taken.keys() == {"text"}
+
+    # What has a copy goes on without that run, wherever weights may have been.
+    heir.conditioners.text.weights = None
+    heir.diffusion_stage.lora.rank = None
+    assert loop.train(heir, tmp_path / "own")
+    shutil.rmtree(tmp_path / "before")
+    assert loop.train(heir, tmp_path / "own")
+    with pytest.raises(UserError, match="holds no run"):
+        loop.train(heir, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_changed_file_is_another_run(source, tmp_path):
