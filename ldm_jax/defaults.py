@@ -177,6 +177,7 @@ def both_stages() -> ConfigDict:
 
     config.sample = ConfigDict()
     config.sample.steps = 50
+    config.sample.spacing = None  # of the steps; None is as the sampler has it
     config.sample.guidance_scale = 3.0
     return config
 

@@ -112,9 +112,10 @@ class LoadedModel:
 
         `inputs` {column: rows} holds what this model takes (see `fields`): `prompts` is
         short for its `caption`, and one row serves for all. `count` draws one row more
-        than once, or says how many where the model is unconditional. `steps` and
-        `guidance_scale` default to those of the run's config, `eta` and `spacing` to
-        the sampler's. Picture i of a seed is the same in every call and batch.
+        than once, or says how many where the model is unconditional. `steps`, `spacing`
+        and `guidance_scale` default to those of the run's config, `eta` (and `spacing`
+        where that has none) to the sampler's. Picture i of a seed is the same in every
+        call and batch.
 
         Any model starts from the rows of `init_image` among the `inputs`: `strength` 1
         draws them anew, 0 leaves them; with a `mask` (1 is drawn anew) the rest is kept
@@ -146,7 +147,7 @@ class LoadedModel:
             sampler=sampler,
             steps=self.config.sample.steps if steps is None else steps,
             eta=eta,
-            spacing=spacing,
+            spacing=spacing or self.config.sample.get("spacing"),
             window=self.model.latent_shape[:2] if tile else None,
             trajectory=progress,
         )
@@ -196,7 +197,8 @@ class LoadedModel:
             prompts, inputs, None, init_image.shape[1:3], None, None
         )
         settings = draw_lib.Settings(
-            steps=self.config.sample.steps if steps is None else steps
+            steps=self.config.sample.steps if steps is None else steps,
+            spacing=self.config.sample.get("spacing"),
         )
         return draw_lib.invert(
             model,

@@ -28,12 +28,18 @@ NAME_IT = "name a preset with --config"
 def config_of(
     source: whole.Whole, predicts: str | None = None
 ) -> ml_collections.ConfigDict:
-    """The config that all of a source fits.
+    """The config that all of a source fits, with its way to sample.
 
     Of several presets that predict otherwise it is the one that `predicts` names.
     Raises UserError where there is none such, or none fits and the arrays don't tell
     what the model is given.
     """
+    config = _fitting(source, predicts)
+    config.sample.update(dict(spacing=source.spacing))
+    return config
+
+
+def _fitting(source: whole.Whole, predicts: str | None) -> ml_collections.ConfigDict:
     net = _net("UNet", source, whole.UNET)
     first, condition = _first_stage(source), _condition(source)
     fitting = {

@@ -18,6 +18,7 @@ from ldm_jax.nets import autoencoder, clip_vision, text_encoder
 
 _SCHEDULES = {ours: theirs for theirs, ours in whole.SCHEDULES.items()}
 _PREDICTIONS = {ours: theirs for theirs, ours in whole.PREDICTIONS.items()}
+_SPACINGS = ("trailing", "leading")  # that are the same there
 # Whose names the configs have; pipelines look whether they are of long ago.
 _VERSION = {"_diffusers_version": "0.36.0"}
 _FILE_INSTEAD = "give a DST that ends in .safetensors"
@@ -306,7 +307,9 @@ def _arrays(net: Any, params: Any, layout: str) -> dict[str, np.ndarray]:
 
 def _scheduler(model: loaded.LoadedModel) -> Part:
     """DDIMScheduler; a schedule that it has no name for as numbers."""
-    section = model.config.diffusion
+    section, spacing = model.config.diffusion, model.config.sample.get("spacing")
+    if spacing not in _SPACINGS:  # `uniform` is what is called so with an offset of 1
+        spacing = None
     if section.schedule in _SCHEDULES and section.get("given_betas") is None:
         betas = {
             "beta_schedule": _SCHEDULES[section.schedule],
@@ -322,9 +325,9 @@ def _scheduler(model: loaded.LoadedModel) -> Part:
         "num_train_timesteps": section.timesteps,
         "prediction_type": _PREDICTIONS[model.model.parameterization],
         "clip_sample": False,
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
+        "set_alpha_to_one": spacing == "leading",
+        "steps_offset": int(spacing != "leading"),
+        "timestep_spacing": spacing or "leading",
     }
     return Part("diffusers", "DDIMScheduler", config)
 

@@ -22,15 +22,14 @@ def randomised(net, seed):
     return net.eval()
 
 
-def scheduler():
+def scheduler(**options):
     """The one that LDM was trained with."""
     return diffusers.DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.0015,
         beta_end=0.0195,
         clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
+        **dict(set_alpha_to_one=False, steps_offset=1) | options,
     )
 
 
@@ -86,7 +85,7 @@ def drawn(model, inputs, noise, guidance_scale=1.0):
         model.first_stage,
         conditioning.prepare(model.model.conditioners, inputs),
         count=1,
-        settings=draw.Settings(steps=4),
+        settings=draw.Settings(steps=4, spacing=model.config.sample.spacing),
         guidance_scale=guidance_scale,
         noise=noise,
     )

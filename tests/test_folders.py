@@ -164,3 +164,39 @@ def _there_and_back(tmp_path, parts, cls):
     jax.tree.map(same, again.first_stage, model.first_stage)
     assert again.config.to_dict() == model.config.to_dict()
     return model
+
+
+@pytest.mark.parametrize(
+    ("options", "spacing"),
+    [
+        (dict(timestep_spacing="trailing"), "trailing"),
+        (dict(steps_offset=0, set_alpha_to_one=True), "leading"),
+    ],
+)
+def test_the_steps_are_those_of_the_folder(tmp_path, options, spacing):
+    """Not where all pipelines of Stable Diffusion have them."""
+    first, scheduler = pipelines.first_stage("kl", 2, 0.5), pipelines.scheduler
+    pipeline = diffusers.LDMPipeline(first, pipelines.unet(3), scheduler(**options))
+    pipelines.saved(pipeline, tmp_path / "x")
+    model = _there_and_back(tmp_path, ["unet"], diffusers.LDMPipeline)
+    assert model.config.sample.spacing == spacing
+    theirs = pipeline(
+        generator=torch.manual_seed(0), num_inference_steps=4, output_type="np"
+    ).images
+    ours = pipelines.drawn(model, {}, pipelines.noise(model, 0))
+    np.testing.assert_allclose(ours, theirs, atol=ATOL)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (dict(), "clip_sample True, which"),
+        (dict(steps_offset=1), "clip_sample True, set_alpha_to_one True, which"),
+        (dict(timestep_spacing="linspace"), "True, timestep_spacing linspace, which"),
+    ],
+)
+def test_what_a_scheduler_does_besides_is_warned_of(tmp_path, options, said):
+    diffusers.DDIMScheduler(**options).save_pretrained(tmp_path)
+    path = tmp_path / "scheduler_config.json"
+    with pytest.warns(UserWarning, match=f"its DDIM has .*{said} ours has not"):
+        whole._spacing(path, "SRC", "LDMPipeline")

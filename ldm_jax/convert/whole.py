@@ -7,6 +7,7 @@ keys tell later.
 
 import json
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -60,6 +61,7 @@ class Whole(NamedTuple):
     image_size: int | None = None  # side of the latents that it was trained on
     pipeline: str | None = None  # its class in diffusers
     noise_levels: int | None = None  # of a small picture that is given with noise
+    spacing: str | None = None  # of the sampler's steps, where not as Stable Diffusion
 
 
 def under(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -102,7 +104,10 @@ def read_folder(path: pathlib.Path, option: str) -> Whole:
     for name in NOISE_OF_CONDITIONS.keys() & index.keys():
         _check_noise(path / name / "scheduler_config.json", option)
     scheduler = path / "scheduler" / "scheduler_config.json"
-    process = _process(scheduler, option) if scheduler.is_file() else None
+    process = spacing = None
+    if scheduler.is_file():
+        process = _process(scheduler, option)
+        spacing = _spacing(scheduler, option, str(index.get("_class_name")))
     scale_factor = None
     pipeline = index.get("_class_name")
     for name in {"vae", "vqvae"} & index.keys():
@@ -121,7 +126,15 @@ def read_folder(path: pathlib.Path, option: str) -> Whole:
         image_size = image_size[0]
     levels = index.get("max_noise_level")
     return Whole(
-        *(arrays, process, scale_factor, tokenizer, nets, image_size, pipeline, levels)
+        arrays,
+        process,
+        scale_factor,
+        tokenizer,
+        nets,
+        image_size,
+        pipeline,
+        noise_levels=levels,
+        spacing=spacing,
     )
 
 
@@ -184,6 +197,38 @@ def _process(path: pathlib.Path, option: str) -> dict[str, Any]:
         zero_terminal_snr=settings.get("rescale_betas_zero_snr", False),
         parameterization=PREDICTIONS[prediction],
     )
+
+
+def _spacing(path: pathlib.Path, option: str, pipeline: str) -> str | None:
+    """How a scheduler spaces its steps, as our samplers say it; None is `uniform`.
+
+    Warns of what DDIM does there and not here. What other schedulers do is left to the
+    sampler, but that a model was trained for the last timestep.
+    """
+    settings = _json(path, option)
+    theirs = settings.get("timestep_spacing", "leading")
+    if settings.get("_class_name") != "DDIMScheduler":
+        return theirs if theirs == "trailing" else None
+    # The pipelines of Stable Diffusion set the offset to 1, and don't clip.
+    own = not pipeline.startswith("Stable")
+    from_zero = own and theirs == "leading" and not settings.get("steps_offset", 0)
+    # Here the end is timestep 0, or where that is visited no noise at all.
+    to_one = settings.get("set_alpha_to_one", True) != from_zero
+    differs = {
+        "clip_sample": own and settings.get("clip_sample", True),
+        "set_alpha_to_one": to_one,
+        "timestep_spacing": theirs == "linspace",  # whose steps end between its points
+    }
+    differing = [name for name, there in differs.items() if there]
+    if differing:
+        values = ", ".join(f"{name} {settings.get(name, True)}" for name in differing)
+        warnings.warn(
+            f"{path}: its DDIM has {values}, which ours has not; pictures differ a bit",
+            stacklevel=2,
+        )
+    if from_zero:
+        return "leading"
+    return theirs if theirs == "trailing" else None
 
 
 def _check_noise(path: pathlib.Path, option: str) -> None:

@@ -258,7 +258,11 @@ def make_stage(
             *whole(section, params, frozen),
             conditioning.prepare(model.conditioners, shown_fields),
             count=PANEL,
-            settings=draw.Settings(steps=config.sample.steps, trajectory=True),
+            settings=draw.Settings(
+                steps=config.sample.steps,
+                spacing=config.sample.get("spacing"),
+                trajectory=True,
+            ),
             guidance_scale=config.sample.guidance_scale,
         )
         row = drawn.trajectory[0]
