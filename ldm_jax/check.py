@@ -8,7 +8,7 @@ import flax.linen as nn
 from ldm_jax import loaded
 from ldm_jax.config import UserError
 from ldm_jax.convert import check as blocks
-from ldm_jax.nets import autoencoder, clip_vision, t5, text_encoder, unet
+from ldm_jax.nets import autoencoder, clip_vision, dpt, t5, text_encoder, unet
 
 TOLERANCE = 1e-3  # of the greatest difference, in units of the output's spread
 
@@ -66,6 +66,8 @@ def _compare(net: nn.Module, variables: dict[str, Any]) -> list[blocks.Row]:
             return blocks.compare_t5(net, variables)
         case clip_vision.CLIPVisionTransformer():
             return blocks.compare_clip_vision(net, variables)
-        case clip_vision.ImageVector() | clip_vision.NearestVectors():
+        case dpt.DPTHybrid():
+            return blocks.compare_dpt(net, variables)
+        case clip_vision.ImageVector() | clip_vision.NearestVectors() | dpt.DepthMap():
             return _compare(net.tower, {"params": variables["params"]["tower"]})
     raise UserError(f"there is no reference for a {type(net).__name__}")

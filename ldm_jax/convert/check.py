@@ -6,7 +6,9 @@ export. Needs torch, here alone in the package, and only while it runs.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax
@@ -16,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import UserError
+from ldm_jax.convert import depth, networks, plans, text_encoders, write_config
 from ldm_jax.convert import diffusers as names
-from ldm_jax.convert import networks, plans, text_encoders, write_config
-from ldm_jax.nets import autoencoder, clip_vision, layers, t5, text_encoder, unet
+from ldm_jax.nets import autoencoder, clip_vision, dpt, layers, t5, text_encoder, unet
 
 Variables = Mapping[str, Any]
 State = Mapping[str, np.ndarray]
@@ -57,15 +59,10 @@ def compare_unet(
     if net.use_spatial_transformer:
         context = given["encoder_hidden_states"] = _normal(rng, 2, 5, net.context_dim)
     given = jax.tree.map(torch.from_numpy, given | {"timestep": t})
-    plan = networks.plan_of(net, "diffusers", variables["params"])
     theirs = getattr(diffusers, config["_class_name"]).from_config(config)
     _load(theirs, state_dict or networks.export_network(net, variables, "diffusers"))
-    return _rows(
-        plan.rules,
-        lambda keep: _ours(net, variables, keep, "__call__", x, t, context, y),
-        theirs,
-        lambda: theirs(_nchw(x), **given),
-    )
+    run = partial(theirs, _nchw(x), **given)
+    return _called(net, variables, "diffusers", (x, t, context, y), theirs, run)
 
 
 def compare_autoencoder(
@@ -154,12 +151,29 @@ def compare_clip_vision(
         transformers.CLIPVisionConfig(**config)
     )
     _load(theirs, state_dict or networks.export_network(net, variables, "huggingface"))
-    return _rows(
-        networks.plan_of(net, "huggingface", variables["params"]).rules,
-        lambda keep: _ours(net, variables, keep, "__call__", x),
-        theirs,
-        lambda: theirs(_nchw(x)),
-    )
+    run = partial(theirs, _nchw(x))
+    return _called(net, variables, "huggingface", (x,), theirs, run)
+
+
+def compare_dpt(
+    net: dpt.DPTHybrid,
+    variables: Variables,
+    *,
+    state_dict: State | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """A row for each block of MiDaS's DPT-hybrid; as `compare_clip_text`."""
+    *_, transformers = libraries()
+    side = max(64, 16 * net.grid // 32 * 32)
+    x = _normal(np.random.default_rng(seed), 2, side, side, 3)
+    config = transformers.DPTConfig(**write_config.dpt_of(net))
+    theirs = transformers.DPTForDepthEstimation(config)
+    state = state_dict or networks.export_network(net, variables, "huggingface")
+    _load(theirs, state, spare=depth.UNUSED)
+    run = partial(theirs, _nchw(x))
+    rows = _called(net, variables, "huggingface", (x,), theirs, run)
+    # Their norm of the stem is one with the activation behind it.
+    return [row for row in rows if row.block != "stem_norm"]
 
 
 def compare_t5(
@@ -177,12 +191,8 @@ def compare_t5(
     )
     state = state_dict or networks.export_network(net, variables, "huggingface")
     _load(theirs, text_encoders.with_shared(state))
-    return _rows(
-        networks.plan_of(net, "huggingface", variables["params"]).rules,
-        lambda keep: _ours(net, variables, keep, "__call__", tokens),
-        theirs,
-        lambda: theirs(torch.from_numpy(tokens).long()),
-    )
+    run = partial(theirs, torch.from_numpy(tokens).long())
+    return _called(net, variables, "huggingface", (tokens,), theirs, run)
 
 
 def compare_bert(
@@ -199,15 +209,10 @@ def compare_bert(
     tokens = _tokens(net.vocab_size, net.max_seq_len, seed)
     theirs = ldm.LDMBertModel(ldm.LDMBertConfig(**write_config.ldm_bert_of(net)))
     state = state_dict or networks.export_network(net, variables, "diffusers")
-    # Of its training, which predicted the text: they are not computed.
-    spare = theirs.to_logits.state_dict(prefix="to_logits.")
-    _load(theirs, {**{k: v.numpy() for k, v in spare.items()}, **state})
-    return _rows(
-        networks.plan_of(net, "diffusers", variables["params"]).rules,
-        lambda keep: _ours(net, variables, keep, "__call__", tokens),
-        theirs,
-        lambda: theirs.model(torch.from_numpy(tokens).long()),
-    )
+    # The head is of its training, which predicted the text, and is not computed.
+    _load(theirs, state, spare=r"to_logits\..*")
+    run = partial(theirs.model, torch.from_numpy(tokens).long())
+    return _called(net, variables, "diffusers", (tokens,), theirs, run)
 
 
 def libraries() -> tuple[Any, Any, Any]:
@@ -262,6 +267,23 @@ def _labels(net: unet.UNet, rng: np.random.Generator) -> tuple[Any, dict[str, An
 # --- both sides
 
 
+def _called(
+    net: nn.Module,
+    variables: Variables,
+    layout: str,
+    args: tuple,
+    theirs: Any,
+    run_theirs: Callable[[], Any],
+) -> list[Row]:
+    """Rows of a net that is called with `args`, by its export's rules."""
+    return _rows(
+        networks.plan_of(net, layout, variables["params"]).rules,
+        lambda keep: _ours(net, variables, keep, "__call__", *args),
+        theirs,
+        run_theirs,
+    )
+
+
 def _rows(
     rules: Iterable[plans.Rule],
     ours: Callable[[Iterable[str]], dict[str, np.ndarray]],
@@ -298,7 +320,9 @@ def _ours(
     net: nn.Module, variables: Variables, blocks: Iterable[str], method: str, *args: Any
 ) -> dict[str, np.ndarray]:
     """{block: its output}, in float32."""
-    net, blocks = net.clone(dtype=jnp.float32), set(blocks)
+    blocks = set(blocks)
+    if hasattr(net, "dtype"):
+        net = net.clone(dtype=jnp.float32)
 
     def keep(module, name):
         return name == "__call__" and "/".join(module.path) in blocks
@@ -347,14 +371,19 @@ def _theirs(model: Any, blocks: Mapping[str, str], run: Callable[[], Any]):
     return found
 
 
-def _load(model: Any, state: State) -> None:
-    """Gives `model` its arrays out of `state`, which may hold more."""
+def _load(model: Any, state: State, spare: str = "") -> None:
+    """Gives `model` its arrays out of `state`, which may hold more.
+
+    Those whose whole key has the pattern `spare` keep their values where it has none.
+    """
     import torch
 
-    own = model.state_dict().keys()
+    own = model.state_dict()
+    kept = {k: v.numpy() for k, v in own.items() if re.fullmatch(spare, k)}
+    state = {**kept, **state}
     if _is_bare(model):
         state = {_bare(key): value for key, value in state.items()}
-    missing = sorted(own - state.keys())
+    missing = sorted(own.keys() - state.keys())
     if missing:
         raise UserError(
             f"state_dict: {len(missing)} arrays of a {type(model).__name__} are not in"

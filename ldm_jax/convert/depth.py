@@ -45,7 +45,7 @@ _FUSION = {
 }
 # The transformer's last norm, and the unit that would take in a coarser map than the
 # coarsest: the checkpoint has them, nothing uses them.
-_UNUSED = r"dpt\.layernorm\..*|neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
+UNUSED = r"dpt\.layernorm\..*|neck\.fusion_stage\.layers\.0\.residual_layer1\..*"
 
 
 def _names(block: str) -> dict[str, str]:
@@ -77,7 +77,7 @@ def dpt_plan(net: dpt.DPTHybrid) -> plans.Plan:
     """The plan of a DPT-hybrid in the layout of Hugging Face."""
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     shapes = plans.abstract_params(net, x)
-    return plans.Plan(list(dpt_rules(shapes)), shapes, _UNUSED)
+    return plans.Plan(list(dpt_rules(shapes)), shapes, UNUSED)
 
 
 def dpt_params(state_dict: Mapping[str, np.ndarray], net: dpt.DPTHybrid) -> dict:

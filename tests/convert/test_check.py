@@ -10,8 +10,9 @@ from ldm_jax import check as of_runs
 from ldm_jax import convert, loaded
 from ldm_jax.config import UserError
 from ldm_jax.convert import check
-from ldm_jax.nets import autoencoder, clip_vision, t5, text_encoder, unet
+from ldm_jax.nets import autoencoder, clip_vision, dpt, t5, text_encoder, unet
 from tests import runs
+from tests.nets import test_dpt
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
@@ -154,6 +155,23 @@ def test_other_towers_are_compared(net, compare, wanted):
     state = convert.export_network(net, variables, layout)
     variables["params"]["layer_1"]["ff_out"]["kernel"][0, 0] += 1.0
     assert _wrong(compare(net, variables, state_dict=state))[0] == "layer_1"
+
+
+def test_depth_is_compared():
+    variables = _variables(test_dpt.TINY, np.zeros((1, 64, 64, 3), np.float32))
+    rows = check.compare_dpt(test_dpt.TINY, variables)
+    _agree([row for row in rows if row.block != "head_2"])  # which may be small
+    assert rows[-1].block == "head_2" and rows[-1].max_difference < ATOL
+    assert {"stem_conv", "stage_1_block_0", "layer_3", "fusion_0"} <= {
+        row.block for row in rows
+    }
+    state = convert.export_network(test_dpt.TINY, variables, "huggingface")
+    variables["params"]["layer_1"]["ff_out"]["kernel"][0, 0] += 1.0
+    wrong = _wrong(check.compare_dpt(test_dpt.TINY, variables, state_dict=state))
+    assert wrong[0] == "layer_1" and wrong[-1] == "head_2"
+    net = dpt.DepthMap(test_dpt.TINY, (4, 4))
+    variables = {"params": {"tower": variables["params"]}}
+    assert of_runs._compare(net, variables)[0].block == "stem_conv"
 
 
 @pytest.mark.parametrize(
