@@ -167,6 +167,7 @@ def autoencoder_of(shapes: Shapes, config: Config) -> autoencoder.Autoencoder:
     else:
         options["use_quant_convs"] = "quant_conv.weight" in shapes
     given = dict(config) | dict(config.get("ddconfig", {}))
+    given |= config.get("encoder_config", {}).get("params", {})  # SGM's engine
     given.pop("remap", None)  # a file there
     if given.get("attn_type") in ("vanilla-xformers", "memory-efficient-cross-attn"):
         given["attn_type"] = "vanilla"

@@ -124,6 +124,27 @@ def test_the_kl_autoencoder_matches_the_reference(given):
     _agrees(decoded, io["dec_mode"])
 
 
+def test_an_autoencoder_has_what_the_config_of_sgm_says():
+    """Whose engine names its encoder's arguments apart, and has no 1x1 convolutions."""
+    net = autoencoder.AutoencoderKL(
+        ch=32, ch_mult=(1, 2), num_res_blocks=1, use_quant_convs=False, tanh_out=True
+    )
+    params = net.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    state = convert.export_network(net, {"params": params}, "compvis")
+    options = dict(ch=32, ch_mult=[1, 2], attn_type="vanilla-xformers", tanh_out=True)
+    engine = dict(
+        embed_dim=4,
+        encoder_config=dict(target="sgm.x.Encoder", params=options),
+        decoder_config=dict(target="sgm.x.Decoder", params=options),
+        regularizer_config=dict(target="sgm.x.DiagonalGaussianRegularizer"),
+    )
+    for config in (engine, {"target": "sgm.x.AutoencodingEngine", "params": engine}):
+        again, variables = convert.import_network(state, config)
+        assert again.tanh_out and not again.use_quant_convs
+        assert_same(variables["params"], params)
+    assert not convert.import_network(state)[0].tanh_out
+
+
 @pytest.mark.parametrize("name", ["vq_model", "diffusers_vq"])
 @pytest.mark.parametrize("given", [True, False])
 def test_a_vq_autoencoder_matches_the_reference(name, given):
