@@ -103,7 +103,32 @@ def make_parser(
         help="a row for each picture: what the model thought at each step",
     )
     group.add_argument("--batch_size", type=int, default=16)
+    group = parser.add_argument_group("added to the model, each may be repeated")
+    group.add_argument(
+        "--lora",
+        type=parse_lora,
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="factors of diffusers, PEFT or kohya",
+    )
+    group.add_argument(
+        "--tokens",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a token of textual inversion, for prompts",
+    )
     return parser
+
+
+def parse_lora(text: str) -> tuple[str, float]:
+    """(file, scale) of FILE or FILE:SCALE."""
+    path, _, scale = text.rpartition(":")
+    try:
+        return (path, float(scale)) if path else (text, 1.0)
+    except ValueError:  # a colon of the path's own
+        return text, 1.0
 
 
 def parse_guidance(text: str) -> draw_lib.Guidance:
@@ -174,6 +199,22 @@ def inputs_of(workdir: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return fields, OPTIONAL + ("label",) * ("classifier" in config.stages)
 
 
+def with_files(
+    model: loaded_lib.LoadedModel, args: argparse.Namespace
+) -> loaded_lib.LoadedModel:
+    """The model with what --lora and --tokens add; UserErrors name the flag."""
+    try:
+        flag = "--lora"
+        for path, scale in args.lora:
+            model = model.with_lora(path, scale)
+        flag = "--tokens"
+        for path in args.tokens:
+            model = model.with_tokens(path)
+    except UserError as error:
+        raise UserError(f"{flag}: {error}") from error
+    return model
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command; see --help."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -184,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args = make_parser(fields, optional).parse_args(argv)
         workdir_lib.read_config(pathlib.Path(args.workdir))  # says where there is none
         inputs = read_inputs(args, fields, optional)
-        images = loaded_lib.load(args.workdir).sample(
+        images = with_files(loaded_lib.load(args.workdir), args).sample(
             inputs=inputs,
             count=args.count,
             steps=args.steps,

@@ -16,7 +16,7 @@ from PIL import Image
 
 import ldm_jax
 from ldm_jax import config as config_lib
-from ldm_jax import draw, first_stage, picture, sample
+from ldm_jax import convert, draw, first_stage, frozen, picture, sample
 from ldm_jax import model as model_lib
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
@@ -399,6 +399,37 @@ def test_command_takes_prompts_from_flags_and_a_file(workdir, pictures, tmp_path
     assert Image.open(tmp_path / "grid.png").width > 3 * 128
 
 
+def test_command_adds_files_to_the_model(workdir, loaded, tmp_path, capsys):
+    factors = {"a": np.ones((3, 3, 32, 2)), "b": np.ones((2, 32))}
+    tree = {"mid_res_0": {"conv1": {"kernel": factors}}}
+    state = convert.export_lora(loaded.model.unet, tree, 2, 2)
+    lora, toy = tmp_path / "lora.safetensors", tmp_path / "toy.safetensors"
+    frozen.write_params(lora, state)
+    rows = np.random.default_rng(0).normal(size=(2, 32)).astype(np.float32)
+    frozen.write_params(toy, {"<toy>": rows})
+    out, prompt = tmp_path / "a.png", "a red <toy>"
+    argv = [f"--workdir={workdir}", f"--prompt={prompt}", f"--out={out}"]
+    sample.main([*argv, f"--lora={lora}:0.25", f"--tokens={toy}"])
+    wanted = loaded.with_lora(lora, 0.25).with_tokens(toy).sample(prompt)
+    assert _distance(np.asarray(Image.open(out)), wanted[0]) <= 1
+    for flag in ("lora", "tokens"):
+        err = _fails(capsys, *argv, f"--{flag}=gone.safetensors")
+        assert err.startswith(f"error: --{flag}: ") and "gone.safetensors" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("a.safetensors", ("a.safetensors", 1.0)),
+        ("a:0.8", ("a", 0.8)),
+        ("C:/a", ("C:/a", 1.0)),
+        ("C:/a:-1", ("C:/a", -1.0)),
+    ],
+)
+def test_a_lora_may_have_a_scale(text, wanted):
+    assert sample.parse_lora(text) == wanted
+
+
 def test_a_folder_without_a_run(tmp_path, capsys):
     err = _fails(capsys, f"--workdir={tmp_path / 'no'}", "--prompt=a")
     assert "holds no run" in err and "--workdir" in err
@@ -456,7 +487,7 @@ class Finder(importlib.machinery.PathFinder):
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 import ldm_jax
 assert "jax" not in sys.modules, "import ldm_jax must stay light"
-from ldm_jax import draw, first_stage, picture, sample
+from ldm_jax import convert, draw, first_stage, frozen, picture, sample
 from ldm_jax import model as model_lib
 sample.main(["--workdir={workdir}", "--prompt={prompt}", "--out={out}"])
 images = ldm_jax.load("{workdir}").sample(["{prompt}"], output="array")
