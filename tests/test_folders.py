@@ -11,6 +11,7 @@ from safetensors import numpy as safetensors_numpy
 import ldm_jax
 from ldm_jax import preset_of, publish_folder
 from ldm_jax.config import UserError
+from ldm_jax.convert import __main__ as convert_main
 from ldm_jax.convert import whole
 from tests import runs
 
@@ -113,6 +114,22 @@ def test_ldm_of_text(tmp_path):
         model, {"caption": ["a red circle"]}, noise, guidance_scale=3.0
     )
     np.testing.assert_allclose(ours, theirs, atol=ATOL)
+
+
+def test_the_command_makes_a_run_of_ldm_of_text_and_compares(tmp_path, capsys):
+    pipelines.saved(_text_pipeline(), tmp_path / "x")
+    convert_main.main([str(tmp_path / "x"), str(tmp_path / "run"), "--check"])
+    said = capsys.readouterr().out
+    for row in (
+        "autoencoder | encoder",
+        "unet | down_0",
+        "conditioners.text | layer_1",
+    ):
+        assert f"| {row}" in said
+    assert "differs" not in said and "not compared" not in said
+    models = [ldm_jax.load(tmp_path / name) for name in ("x", "run")]
+    jax.tree.map(np.testing.assert_array_equal, *(m.params for m in models))
+    jax.tree.map(np.testing.assert_array_equal, *(m.first_stage for m in models))
 
 
 @pytest.mark.parametrize("kind", ["vq", "kl"])

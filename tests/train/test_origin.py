@@ -65,6 +65,18 @@ def test_a_file_is_trained_from_by_its_name(source, tmp_path, capsys, monkeypatc
     assert loop.train(again, workdir)
 
 
+def test_the_run_that_is_made_has_no_token_of_its_own(source, tmp_path):
+    """That of textual inversion is its heirs'."""
+    options = dict(placeholder_token="<toy>", initializer_token="red", num_vectors=2)
+    overrides = [f"diffusion_stage.inversion.{k}={v}" for k, v in options.items()]
+    config = _config(source, tmp_path, *overrides)
+    origin.make(config, tmp_path / "heir")
+    made = ldm_jax.load(origin.run_of(config, "init_from"))
+    assert set(made.config.diffusion_stage.inversion.values()) == {None}
+    assert "placeholder_tokens" not in made.config.conditioners.text
+    assert config.diffusion_stage.inversion.to_dict() == options
+
+
 @pytest.mark.slow
 def test_a_frozen_tower_comes_with_the_model(tmp_path):
     """Not from where the config says that such towers are, if it is one of them."""
