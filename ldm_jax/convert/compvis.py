@@ -13,6 +13,16 @@ from ldm_jax.nets import autoencoder, text_encoder, unet
 
 # --- UNet
 
+# What Karlo's decoder makes of CLIP's embeddings, beside its UNet.
+_KARLO = {
+    "clip/text_tokens": "text_seq_proj.0",
+    "clip/norm": "text_seq_proj.1",
+    "clip/picture_tokens": "clip_tok_proj",
+    "clip/text_vector": "text_feat_proj",
+    "clip/picture_vector": "clip_emb",
+    "clip/null": "cf_param",
+}
+
 
 def _unet_blocks(net: unet.UNet, shapes: Mapping[str, Any]) -> dict[str, str]:
     """{our block: torch's}, e.g. {"down_1_attn_0": "input_blocks.4.1"}."""
@@ -67,6 +77,7 @@ def unet_rules(net: unet.UNet, shapes: Mapping[str, tuple]) -> Iterator[plans.Ru
         "to_out": "to_out.0",
         "ff/ff_in": "ff.net.0.proj",
         "ff/ff_out": "ff.net.2",
+        **_KARLO,
     }
     for path, shape in shapes.items():
         names = dict(table)
@@ -92,6 +103,19 @@ def unet_plan(net: unet.UNet) -> plans.Plan:
     # A net that predicts codebook ids does not use its noise output.
     beside = r"out\..*" if net.n_embed is not None else ""
     return plans.Plan(list(unet_rules(net, shapes)), shapes, beside)
+
+
+def with_middle(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A UNet's arrays with its last middle block where it is with attention before.
+
+    Karlo's upscaler has none, and counts on.
+    """
+    if not any(key.startswith("middle_block.1.in_layers.") for key in state):
+        return dict(state)
+    old, new = "middle_block.1.", "middle_block.2."
+    return {
+        k.replace(old, new) if k.startswith(old) else k: v for k, v in state.items()
+    }
 
 
 def unet_params(state_dict: Mapping[str, np.ndarray], net: unet.UNet) -> dict:

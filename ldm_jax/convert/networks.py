@@ -75,7 +75,7 @@ def _read(state_dict, config):
     """(module, key layout, tidied state dict)"""
     config = _plain_config(config or {})
     kind, layout, state = recognise.recognise(state_dict, config)
-    layout, state = _tidied(kind, layout, state)
+    layout, state = _tidied(kind, layout, state, config.get("attention_head_dim", 64))
     return _module(kind, layout, state, config), layout, state
 
 
@@ -92,7 +92,7 @@ def params_of(
     does not fit.
     """
     kind, layout, state = recognise.recognise(state_dict)
-    layout, state = _tidied(kind, layout, state)
+    layout, state = _tidied(kind, layout, state, getattr(net, "dim_head", 64))
     if fresh is not None:
         plan = plan_of(net, layout, state)
         lacking = [rule for rule in plan.rules if rule.key not in state]
@@ -173,9 +173,16 @@ def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tidied(
-    kind: str, layout: str, state: Mapping[str, Any]
+    kind: str, layout: str, state: Mapping[str, Any], dim_head: int
 ) -> tuple[str, dict[str, Any]]:
-    """The layout that rules are written for, and the state dict under their names."""
+    """The layout that rules are written for, and the state dict under their names.
+
+    `dim_head` is how wide the heads of a prior are.
+    """
+    if layout == "karlo":
+        return "diffusers", prior.from_karlo(state, dim_head)
+    if kind == "unet" and layout == "compvis":
+        return layout, compvis.with_middle(state)
     if kind == "t5":
         return layout, text_encoders.with_shared(state)
     if layout == "diffusers" and kind in ("unet", "autoencoder"):

@@ -1,4 +1,9 @@
-"""The prior's keys in diffusers' layout."""
+"""The prior's keys in diffusers' layout, and in Karlo's own, which is read alone."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
 
 from ldm_jax.convert import plans
 from ldm_jax.nets import prior
@@ -17,6 +22,53 @@ _NAMES = {
     "ff_in": "ff.net.0.proj",
     "ff_out": "ff.net.2",
 }
+# Karlo's own names; its blocks are CLIP's.
+_KARLO = {
+    r"prd_emb": "prd_embedding",
+    r"clip_img_proj\.(.*)": r"proj_in.\1",
+    r"text_emb_proj\.(.*)": r"embedding_proj.\1",
+    r"text_enc_proj\.(.*)": r"encoder_hidden_states_proj.\1",
+    r"time_embed\.0\.(.*)": r"time_embedding.linear_1.\1",
+    r"time_embed\.2\.(.*)": r"time_embedding.linear_2.\1",
+    r"final_ln\.(.*)": r"norm_out.\1",
+    r"out_proj\.(.*)": r"proj_to_clip_embeddings.\1",
+    r"transformer\.resblocks\.(\d+)\.ln_1\.(.*)": r"transformer_blocks.\1.norm1.\2",
+    r"transformer\.resblocks\.(\d+)\.ln_2\.(.*)": r"transformer_blocks.\1.norm3.\2",
+    r"transformer\.resblocks\.(\d+)\.attn\.c_proj\.(.*)": (
+        r"transformer_blocks.\1.attn1.to_out.0.\2"
+    ),
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(.*)": (
+        r"transformer_blocks.\1.ff.net.0.proj.\2"
+    ),
+    r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(.*)": (
+        r"transformer_blocks.\1.ff.net.2.\2"
+    ),
+}
+_QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.c_qkv\.(weight|bias)")
+
+
+def from_karlo(
+    state: Mapping[str, np.ndarray], dim_head: int = 64
+) -> dict[str, np.ndarray]:
+    """Karlo's own arrays under diffusers' keys.
+
+    There q, k and v are one array, side by side within each head of `dim_head`.
+    """
+    found = {}
+    for key, value in state.items():
+        match = _QKV.fullmatch(key)
+        if match:
+            heads = value.reshape(-1, 3, dim_head, *value.shape[1:])
+            for i, x in enumerate("qkv"):
+                name = f"transformer_blocks.{match[1]}.attn1.to_{x}.{match[2]}"
+                found[name] = heads[:, i].reshape(-1, *value.shape[1:])
+            continue
+        for pattern, name in _KARLO.items():
+            key, changed = re.subn(rf"^{pattern}$", name, key)
+            if changed:
+                break
+        found[key] = value
+    return found
 
 
 def prior_plan(net: prior.PriorTransformer) -> plans.Plan:

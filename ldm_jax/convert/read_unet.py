@@ -263,6 +263,8 @@ def _sees_context_only(shapes: Shapes, name: str) -> bool:
 
 
 def _label(shapes: Shapes) -> dict[str, Any]:
+    if "cf_param" in shapes:  # Karlo's, of two vectors
+        return {"num_classes": "clip", "adm_in_channels": 2 * shapes["cf_param"][-1]}
     if "label_emb.weight" in shapes:
         if "label_emb.bias" in shapes:
             return {"num_classes": "continuous"}

@@ -31,6 +31,7 @@ _SIGNS = (
     _Sign("classifier", "compvis", "input_blocks.0.0.weight", absent="output_blocks."),
     _Sign("unet", "diffusers", "time_embedding.linear_1.weight", also="conv_in."),
     _Sign("prior", "diffusers", "proj_to_clip_embeddings.weight"),
+    _Sign("prior", "karlo", "prd_emb"),
     _Sign("autoencoder", "compvis", "encoder.mid.block_1.norm1.weight"),
     _Sign("autoencoder", "diffusers", "encoder.mid_block.resnets.0.norm1.weight"),
     _Sign("ldm_bert", "diffusers", "model.layers.0.self_attn_layer_norm.weight"),
@@ -70,7 +71,7 @@ _PREFIX = re.compile(
     r"|cond_stage_model\.(model\.|transformer\.|embedder\.model\.)?"
     r"|conditioner\.embedders\.\d+\.(model\.|transformer\.)?"
     r"|text_encoder\.|image_encoder\.|embedder\.(model\.)?|classifier\.|model\."
-    r"|depth_model\.(model\.)?|(loss\.)?discriminator\.|(loss\.)?perceptual_loss\.)?"
+    r"|model_first_steps\.|model_last_step\.|depth_model\.(model\.)?|(loss\.)?discriminator\.|(loss\.)?perceptual_loss\.)?"
 )
 _NAMES = {
     "unet": "a UNet",

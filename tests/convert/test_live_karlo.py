@@ -1,5 +1,6 @@
 """Karlo's nets as diffusers has them: the same outputs, there and back."""
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -244,3 +245,143 @@ def test_nets_are_of_karlo_s_size():
     for net, millions in nets:
         shapes = plans.abstract_params(net, **net.abstract_inputs())
         assert sum(map(np.prod, shapes.values())) / 1e6 == pytest.approx(millions, 1e-5)
+
+
+def _renamed(state, pairs, prefix):
+    """A state dict under other names: `pairs` (theirs, Karlo's) of starts of keys."""
+    found = {}
+    for key, value in state.items():
+        for theirs, karlos in pairs:
+            if key.startswith(theirs):
+                key = karlos + key.removeprefix(theirs)
+                break
+        found[prefix + key] = value
+    return found
+
+
+def test_a_prior_under_karlos_names_is_the_same():
+    """Its checkpoint has q, k and v in one array, side by side within each head."""
+    module = randomized(
+        diffusers.PriorTransformer(
+            num_attention_heads=3,
+            attention_head_dim=16,
+            num_layers=2,
+            embedding_dim=12,
+            num_embeddings=7,
+        )
+    )
+    state = state_of(module)
+    wanted = networks.import_network(state, dict(module.config))
+    own = {k: v for k, v in state.items() if k not in ("clip_mean", "clip_std")}
+    pairs = [
+        ("prd_embedding", "prd_emb"),
+        ("proj_in.", "clip_img_proj."),
+        ("embedding_proj.", "text_emb_proj."),
+        ("encoder_hidden_states_proj.", "text_enc_proj."),
+        ("time_embedding.linear_1.", "time_embed.0."),
+        ("time_embedding.linear_2.", "time_embed.2."),
+        ("norm_out.", "final_ln."),
+        ("proj_to_clip_embeddings.", "out_proj."),
+    ]
+    for i in range(2):
+        theirs, karlos = f"transformer_blocks.{i}", f"transformer.resblocks.{i}"
+        pairs += [
+            (f"{theirs}.norm1.", f"{karlos}.ln_1."),
+            (f"{theirs}.norm3.", f"{karlos}.ln_2."),
+            (f"{theirs}.attn1.to_out.0.", f"{karlos}.attn.c_proj."),
+            (f"{theirs}.ff.net.0.proj.", f"{karlos}.mlp.c_fc."),
+            (f"{theirs}.ff.net.2.", f"{karlos}.mlp.c_proj."),
+        ]
+        for leaf in ("weight", "bias"):
+            three = [own.pop(f"{theirs}.attn1.to_{x}.{leaf}") for x in "qkv"]
+            rows = [x[16 * h : 16 * h + 16] for h in range(3) for x in three]
+            own[f"{karlos}.attn.c_qkv.{leaf}"] = np.concatenate(rows)
+    renamed = _renamed(own, pairs, "model.")
+    net, variables = networks.import_network(renamed, dict(module.config))
+    assert net == wanted[0]
+    jax.tree.map(np.testing.assert_array_equal, variables, wanted[1])
+    again = networks.params_of(net, renamed)
+    jax.tree.map(np.testing.assert_array_equal, again, wanted[1]["params"])
+
+
+def test_a_decoder_under_karlos_names_has_its_projections():
+    from diffusers.pipelines.deprecated.unclip import text_proj
+
+    net = unet.UNet(
+        in_channels=3,
+        out_channels=6,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(2,),
+        num_head_channels=16,
+        added_kv=True,
+        context_dim=24,
+        num_classes="clip",
+        adm_in_channels=24,
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+    )
+    shapes = plans.abstract_params(net, **net.abstract_inputs())
+    rng = np.random.default_rng(0)
+    flat = {k: rng.normal(size=x).astype(np.float32) for k, x in shapes.items()}
+    params = flax.traverse_util.unflatten_dict(flat, sep="/")
+    module = randomized(
+        text_proj.UnCLIPTextProjModel(
+            clip_embeddings_dim=12, time_embed_dim=128, cross_attention_dim=24
+        )
+    )
+    pairs = [
+        ("encoder_hidden_states_proj.", "text_seq_proj.0."),
+        ("text_encoder_hidden_states_norm.", "text_seq_proj.1."),
+        ("clip_extra_context_tokens_proj.", "clip_tok_proj."),
+        ("embedding_proj.", "text_feat_proj."),
+        ("learned_classifier_free_guidance_embeddings", "cf_param"),
+        ("clip_image_embeddings_project_to_time_embeddings.", "clip_emb."),
+    ]
+    projections = _renamed(state_of(module), pairs, "")
+    state = networks.export_network(net, {"params": params}, "compvis")
+    assert projections.keys() <= state.keys()
+    state = {f"model.{key}": value for key, value in (state | projections).items()}
+    again, variables = networks.import_network(state, {"num_head_channels": 16})
+    assert again == net
+    clip = variables["params"].pop("clip")
+    params.pop("clip")
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], params)
+    # They compute what diffusers' do.
+    shapes = (1, 5, 12), (1, 12), (1, 12)
+    tokens, text, picture = (rng.normal(size=s).astype(np.float32) for s in shapes)
+    with torch.no_grad():
+        expected = module(
+            image_embeddings=torch.from_numpy(picture),
+            prompt_embeds=torch.from_numpy(text),
+            text_encoder_hidden_states=torch.from_numpy(tokens),
+            do_classifier_free_guidance=False,
+        )
+    projecting = clip_projections.ClipProjections(context_dim=24, width=128)
+    y = np.concatenate([picture, text], axis=-1)
+    ours = projecting.apply({"params": clip}, tokens, y)
+    for a, b in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(a, b.numpy(), atol=ATOL)
+
+
+@pytest.mark.parametrize("prefix", ["model_first_steps.", "model_last_step.", ""])
+def test_an_upscaler_under_karlos_names_counts_its_middle_on(prefix):
+    net = unet.UNet(
+        in_channels=6,
+        out_channels=3,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=1,
+        attention_resolutions=(),
+        use_scale_shift_norm=True,
+        resblock_updown=True,
+        disable_middle_transformer=True,
+    )
+    x = jnp.zeros((1, 8, 8, 6))
+    params = net.init(jax.random.key(0), x, jnp.zeros(1))["params"]
+    state = networks.export_network(net, {"params": params}, "compvis")
+    state = _renamed(state, [("middle_block.2.", "middle_block.1.")], prefix)
+    again, variables = networks.import_network(state, {"num_head_channels": 32})
+    assert again.disable_middle_transformer and again.attention_resolutions == ()
+    jax.tree.map(np.testing.assert_array_equal, variables["params"], params)
