@@ -202,6 +202,11 @@ def test_the_steps_are_those_of_the_folder(tmp_path, options, spacing):
     ).images
     ours = pipelines.drawn(model, {}, pipelines.noise(model, 0))
     np.testing.assert_allclose(ours, theirs, atol=ATOL)
+    written = diffusers.LDMPipeline.from_pretrained(tmp_path / "y")
+    again = written(
+        generator=torch.manual_seed(0), num_inference_steps=4, output_type="np"
+    ).images
+    np.testing.assert_allclose(again, theirs, atol=ATOL)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Sampling from a workdir: same seed same picture, no training package, good errors."""
 
+import copy
 import dataclasses
 import shutil
 import subprocess
@@ -76,6 +77,17 @@ def test_seed_prompt_guidance_and_steps_matter(pictures, loaded):
     assert _distance(loaded.sample(PROMPTS, guidance_scale=9.0), pictures) > 1
     assert _distance(loaded.sample(PROMPTS, guidance_scale=1.0), pictures) > 1
     assert _distance(loaded.sample(PROMPTS, steps=3), pictures) > 1
+
+
+def test_the_spacing_is_the_config_s_unless_told(loaded, pictures):
+    config = copy.deepcopy(loaded.config)
+    config.sample.spacing = "trailing"
+    spaced = dataclasses.replace(loaded, config=config)
+    trailing = loaded.sample(PROMPTS, spacing="trailing")
+    np.testing.assert_array_equal(spaced.sample(PROMPTS), trailing)
+    assert (trailing != pictures).any()
+    uniform = spaced.sample(PROMPTS, spacing="uniform")
+    np.testing.assert_array_equal(uniform, pictures)
 
 
 def test_eta_adds_noise_of_the_seed(pictures, loaded):

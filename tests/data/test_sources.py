@@ -99,6 +99,10 @@ def test_one_caption_for_a_folder(tmp_path):
         (tmp_path / name).write_bytes(b"")
     source = sources.load("folder", "all", path=str(tmp_path), caption="zwx cat")
     assert source.fields["caption"].tolist() == ["zwx cat"] * 2
+    several = ("a <toy>", "<toy>, red")
+    source = sources.load("folder", "all", path=str(tmp_path), caption=several)
+    rows = list(zip(_names(source), source.fields["caption"], strict=True))
+    assert rows == [(name, c) for name in ("a.png", "b.png") for c in several]
 
 
 def test_folder_captions_from_metadata(tmp_path):

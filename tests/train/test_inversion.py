@@ -135,6 +135,27 @@ def test_stopped_and_gone_on_ends_with_the_same_bits(
         loop.train(config, tmp_path / "halves")
 
 
+@pytest.mark.parametrize(
+    ("word", "count", "wanted"),
+    [
+        (None, 2, lambda table, ids: table.mean(axis=0, keepdims=True)),
+        ("red", 1, lambda table, ids: table[ids]),
+        ("red", 3, lambda table, ids: table[ids]),
+        ("red circle", 2, lambda table, ids: table[ids]),
+    ],
+)
+def test_the_embeddings_start_from_a_word(other, pictures, word, count, wanted):
+    option = f"{OPTION}.initializer_token={word}"
+    config = config_of(other, pictures, f"{OPTION}.num_vectors={count}", option)
+    model = ldm_jax.load(other)
+    params, tokenizers = model.params["conditioners"], model.tokenizers
+    rows = inversion.start(config, tokenizers, params)(None)["conditioners"]["text"]
+    ids = tokenizers["text"].convert_tokens_to_ids((word or "red").split())
+    table = np.asarray(params["text"]["token_emb"])
+    expected = np.broadcast_to(wanted(table, ids), (count, table.shape[1]))
+    np.testing.assert_array_equal(rows["added_emb"], expected)
+
+
 @pytest.mark.slow
 def test_a_frozen_net_has_the_token_too(pictures, tmp_path):
     weights = test_frozen.write(tmp_path / "clip")
