@@ -51,10 +51,15 @@ def check(config: ml_collections.ConfigDict) -> None:
             raise UserError(
                 f"{option} together with diffusion_stage.{other}; of these choose one"
             )
-    if settings.num_vectors is not None and settings.num_vectors < 1:
-        raise UserError(
-            f"{OPTION}.num_vectors: {settings.num_vectors}; choose 1 or more"
-        )
+    count = settings.num_vectors
+    if count is not None and (not isinstance(count, int) or count < 1):
+        raise UserError(f"{OPTION}.num_vectors: {count!r}; choose 1 or more, or None")
+    for name in ("placeholder_token", "initializer_token"):
+        if not isinstance(settings[name], str | None):
+            raise UserError(
+                f"{OPTION}.{name}: {settings[name]!r} is no word; write it as one, such"
+                f" as \"'{settings[name]}'\""
+            )
     condition(config)
 
 

@@ -329,6 +329,8 @@ def test_files_that_are_none_are_a_line(tmp_path):
         ("diffusion_stage.lora.rank=2", "with diffusion_stage.lora.rank; of these"),
         ("diffusion_stage.preserve.prompt=x", "with diffusion_stage.preserve.prompt"),
         (f"{OPTION}.num_vectors=0", "num_vectors: 0; choose 1 or more"),
+        (f"{OPTION}.num_vectors=1.5", "num_vectors: 1.5; choose 1 or more, or None"),
+        (f"{OPTION}.placeholder_token=7", "token: 7 is no word; write it as one, su"),
         (f"{OPTION}.placeholder_token=red", "'red' is in the vocabulary already"),
         (f"{OPTION}.placeholder_token=<other>", "'<other>' is in no caption of the da"),
         (f"{OPTION}.placeholder_token=None", "but no token is trained"),
