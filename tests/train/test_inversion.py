@@ -329,8 +329,6 @@ def test_files_that_are_none_are_a_line(tmp_path):
         ("diffusion_stage.lora.rank=2", "with diffusion_stage.lora.rank; of these"),
         ("diffusion_stage.preserve.prompt=x", "with diffusion_stage.preserve.prompt"),
         (f"{OPTION}.num_vectors=0", "num_vectors: 0; choose 1 or more"),
-        (f"{OPTION}.num_vectors=1.5", "num_vectors: 1.5; choose 1 or more, or None"),
-        (f"{OPTION}.placeholder_token=7", "token: 7 is no word; write it as one, su"),
         (f"{OPTION}.placeholder_token=red", "'red' is in the vocabulary already"),
         (f"{OPTION}.placeholder_token=<other>", "'<other>' is in no caption of the da"),
         (f"{OPTION}.placeholder_token=None", "but no token is trained"),
@@ -344,6 +342,21 @@ def test_mistakes_are_a_line(other, pictures, tmp_path, override, words):
         loop.train(config, tmp_path / "heir")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "heir").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("num_vectors=1.5", "num_vectors: 1.5; choose 1 or more, or None"),
+        ("placeholder_token=7", "placeholder_token: 7 is no word; write it as one, su"),
+        ("initializer_token=7", "initializer_token: 7 is no word"),
+    ],
+)
+def test_values_of_other_types_are_a_line(option, words):
+    overrides = [f"{OPTION}.placeholder_token=<toy>"] * option.startswith(("n", "i"))
+    config = runs.debug("init_from=x", *overrides, f"{OPTION}.{option}")
+    with pytest.raises(UserError, match=f"^{OPTION}.{words}"):
+        inversion.check(config)
 
 
 def test_a_token_belongs_to_one_text(other, pictures):
