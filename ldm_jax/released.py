@@ -72,7 +72,7 @@ def open_source(source: str) -> whole.Whole:
         path = hub.pipeline(source, "SRC") or path
     if whole.is_folder(path):
         return whole.read_folder(path, "SRC")
-    return whole.Whole(frozen_lib.read(source, "SRC"))
+    return whole.Whole(whole.with_prefix(frozen_lib.read(source, "SRC")))
 
 
 def read(
@@ -127,11 +127,16 @@ def read(
         "conditioners": {},
     }
     encoders = {}
+    bare = source.pipeline is None and not any(
+        key.startswith(whole.CONDITIONS) for key in state_dict
+    )
     for name, conditioner in model.conditioners.items():
         if conditioner.has_params:
-            params = _part(
-                f"conditioners.{name}", _condition, conditioner.net, state_dict
-            )
+            own = state_dict
+            if bare and conditioner.weights is not None:  # as of Karlo's checkpoints
+                option = f"conditioners.{name}.weights"
+                own = frozen_lib.read(conditioner.weights, option)
+            params = _part(f"conditioners.{name}", _condition, conditioner.net, own)
             of = diffusion["conditioners"] if conditioner.trainable else encoders
             of[name] = _placed(params, place)
     if config.diffusion_stage.loss.get("learn_logvar"):
@@ -255,7 +260,7 @@ def _fresh(
 
 def _condition(net: Any, state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
     own = {k: v for k, v in state_dict.items() if k.startswith(whole.CONDITIONS)}
-    return towers.params_of(net, own)
+    return towers.params_of(net, own or state_dict)
 
 
 def _part(name: str, convert: Any, *args: Any) -> dict[str, Any]:

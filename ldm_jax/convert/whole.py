@@ -79,6 +79,25 @@ def under(state_dict: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return found
 
 
+def with_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Karlo's decoder or upscaler under the prefix that others have their UNet under.
+
+    Of the upscaler's two nets, the one that draws all steps but the last. Others are as
+    they were.
+    """
+    for prefix, sign in (
+        ("model.", "cf_param"),
+        ("model_first_steps.", "out.2.weight"),
+    ):
+        if prefix + sign in arrays:
+            return {
+                UNET + key.removeprefix(prefix): value
+                for key, value in arrays.items()
+                if not key.startswith("model_last_step.")
+            }
+    return arrays
+
+
 def is_folder(path: pathlib.Path) -> bool:
     """Whether diffusers has saved a pipeline there."""
     return (path / INDEX).is_file()
