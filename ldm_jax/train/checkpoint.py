@@ -154,9 +154,11 @@ class Checkpoints:
 
     def _restore(self, step: int, args: dict[str, Any]) -> dict[str, Any]:
         try:
-            with ocp.CheckpointManager(
-                self.folder, options=ocp.CheckpointManagerOptions(read_only=True)
-            ) as manager:
+            # It sets the last two by itself, but then says so every time.
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, create=False, save_interval_steps=0
+            )
+            with ocp.CheckpointManager(self.folder, options=options) as manager:
                 restored = manager.restore(step, args=ocp.args.Composite(**args))
                 return dict(restored.items())
         except (MemoryError, jax.errors.JaxRuntimeError):
