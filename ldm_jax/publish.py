@@ -69,7 +69,7 @@ def check(model: loaded.LoadedModel) -> None:
             raise UserError(
                 f"conditioners.{name}: has a token of textual inversion, which goes"
                 " into a file of its own; write it with save_tokens of ldm_jax.load and"
-                f" convert what the token was trained with, {model.config.init_from}"
+                " convert the model that it was added to"
             )
     if isinstance(model.model.schedule, schedules.SigmaSchedule):
         raise UserError(

@@ -69,11 +69,18 @@ def text(
 
     made = construct("conditioners.*.net", nets[kind], net)
     if placeholder_tokens:
-        tokenizer = tokenizers.with_tokens(tokenizer, placeholder_tokens)
+        try:
+            tokenizer = tokenizers.with_tokens(tokenizer, placeholder_tokens)
+        except UserError as error:
+            option = f"conditioners.{setting.name}.placeholder_tokens"
+            raise UserError(f"{option}: {error}") from error
 
     def prepare(captions: Sequence[str]) -> np.ndarray:
         texts = [tokenizers.spelled_out(text, placeholder_tokens) for text in captions]
         ids = tokenizers.encode(tokenizer, texts, length)
+        if not placeholder_tokens:
+            return ids
+        # The net's table may have more rows than its tokenizer has tokens.
         return np.where(ids < own, ids, ids - own + made.vocab_size)
 
     return Conditioner(

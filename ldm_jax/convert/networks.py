@@ -75,7 +75,7 @@ def _read(state_dict, config):
     """(module, key layout, tidied state dict)"""
     config = _plain_config(config or {})
     kind, layout, state = recognise.recognise(state_dict, config)
-    layout, state = _tidied(kind, layout, state, config.get("attention_head_dim", 64))
+    layout, state = _tidied(kind, layout, state, config)
     return _module(kind, layout, state, config), layout, state
 
 
@@ -92,7 +92,9 @@ def params_of(
     does not fit.
     """
     kind, layout, state = recognise.recognise(state_dict)
-    layout, state = _tidied(kind, layout, state, getattr(net, "dim_head", 64))
+    layout, state = _tidied(
+        kind, layout, state, {"num_attention_heads": getattr(net, "heads", None)}
+    )
     if fresh is not None:
         plan = plan_of(net, layout, state)
         lacking = [rule for rule in plan.rules if rule.key not in state]
@@ -173,14 +175,15 @@ def _plain_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tidied(
-    kind: str, layout: str, state: Mapping[str, Any], dim_head: int
+    kind: str, layout: str, state: Mapping[str, Any], config: Mapping[str, Any]
 ) -> tuple[str, dict[str, Any]]:
     """The layout that rules are written for, and the state dict under their names.
 
-    `dim_head` is how wide the heads of a prior are.
+    `config` tells the number of a prior's heads.
     """
     if layout == "karlo":
-        return "diffusers", prior.from_karlo(state, dim_head)
+        width = state["clip_img_proj.weight"].shape[0]
+        return "diffusers", prior.from_karlo(state, prior.heads_of(width, config))
     if kind == "unet" and layout == "compvis":
         return layout, compvis.with_middle(state)
     if kind == "t5":

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -47,21 +48,24 @@ _KARLO = {
 _QKV = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.c_qkv\.(weight|bias)")
 
 
-def from_karlo(
-    state: Mapping[str, np.ndarray], dim_head: int = 64
-) -> dict[str, np.ndarray]:
+def heads_of(width: int, config: Mapping[str, Any]) -> int:
+    """How many heads share a prior's width; each is 64 wide unless told."""
+    return config.get("num_attention_heads") or width // 64
+
+
+def from_karlo(state: Mapping[str, np.ndarray], heads: int) -> dict[str, np.ndarray]:
     """Karlo's own arrays under diffusers' keys.
 
-    There q, k and v are one array, side by side within each head of `dim_head`.
+    There q, k and v are one array, side by side within each head.
     """
     found = {}
     for key, value in state.items():
         match = _QKV.fullmatch(key)
         if match:
-            heads = value.reshape(-1, 3, dim_head, *value.shape[1:])
+            split = value.reshape(heads, 3, -1, *value.shape[1:])
             for i, x in enumerate("qkv"):
                 name = f"transformer_blocks.{match[1]}.attn1.to_{x}.{match[2]}"
-                found[name] = heads[:, i].reshape(-1, *value.shape[1:])
+                found[name] = split[:, i].reshape(-1, *value.shape[1:])
             continue
         for pattern, name in _KARLO.items():
             key, changed = re.subn(rf"^{pattern}$", name, key)

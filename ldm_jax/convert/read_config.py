@@ -18,6 +18,7 @@ from typing import Any
 
 from ldm_jax.config import UserError
 from ldm_jax.convert import diffusers, text_encoders
+from ldm_jax.convert import prior as prior_keys
 from ldm_jax.nets import (
     autoencoder,
     clip_vision,
@@ -421,7 +422,7 @@ def prior_of(shapes: Shapes, config: Config) -> prior.PriorTransformer:
         if key in shapes:
             raise UserError(f"{key}: a prior with that norm is not computed here")
     width, channels = _shape(shapes, "proj_in.weight")
-    heads = config.get("num_attention_heads") or width // 64
+    heads = prior_keys.heads_of(width, config)
     query = "prd_embedding" in shapes
     tokens = _shape(shapes, "positional_embedding")[1]
     length = config.get("num_embeddings", tokens - 3 - query)
