@@ -192,6 +192,18 @@ def start(
     except UserError as error:
         raise UserError(f"{option}: {error}") from error
     for factors, rank, alpha in parts:
+        frozen = [
+            name
+            for name in factors.get("conditioners", {})
+            if not model.conditioners[name].trainable
+        ]
+        if frozen:
+            warnings.warn(
+                f"{option} has factors of conditioners.{frozen[0]} too, which are left"
+                " out: it is frozen",
+                stacklevel=2,
+            )
+            continue
         if rank != settings.rank:
             raise UserError(
                 f"{option} is of rank {rank}, diffusion_stage.lora.rank of"
@@ -202,9 +214,9 @@ def start(
             if path not in started:
                 kernel = path.rpartition("/")[0]
                 raise UserError(
-                    f"{option} has factors of {kernel}, which is frozen or left out by"
-                    " diffusion_stage.lora.targets; give a pattern that is in its path"
-                    " too, or add the file to the model that training starts from"
+                    f"{option} has factors of {kernel}, which"
+                    " diffusion_stage.lora.targets leaves out; give a pattern that is"
+                    " in its path too"
                 )
             started[path] = value * ratio if path.endswith("/b") else value
     return flax.traverse_util.unflatten_dict(started, sep="/")

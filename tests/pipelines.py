@@ -6,6 +6,7 @@ import pytest
 from ldm_jax import draw
 from ldm_jax.conditioning import conditioners as conditioning
 from tests import runs
+from tests.nets import test_dpt
 
 diffusers = pytest.importorskip("diffusers")
 torch = pytest.importorskip("torch")
@@ -122,8 +123,8 @@ def clip_vision(dim=64, projection_dim=16):
     return randomised(transformers.CLIPVisionModelWithProjection(config), 4)
 
 
-def text_unet(in_channels, **options):
-    """A UNet that attends to `clip_text`."""
+def text_unet(in_channels, context_dim=64, **options):
+    """A UNet that attends to `clip_text`, or to tokens of another width."""
     net = diffusers.UNet2DConditionModel(
         sample_size=8,
         in_channels=in_channels,
@@ -132,7 +133,7 @@ def text_unet(in_channels, **options):
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(32, 64),
         layers_per_block=1,
-        cross_attention_dim=64,
+        cross_attention_dim=context_dim,
         attention_head_dim=4,
         **options,
     )
@@ -141,28 +142,4 @@ def text_unet(in_channels, **options):
 
 def depth_estimator():
     """A DPT-hybrid."""
-    backbone = transformers.BitConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96],
-        depths=[1, 1, 1],
-        num_groups=4,
-        layer_type="bottleneck",
-        global_padding="same",
-        embedding_dynamic_padding=True,
-        out_features=["stage1", "stage2", "stage3"],
-    )
-    config = transformers.DPTConfig(
-        is_hybrid=True,
-        backbone_config=backbone,
-        hidden_size=32,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=64,
-        backbone_out_indices=[0, 1, 0, 1],
-        backbone_featmap_shape=[1, 96, 4, 4],
-        reassemble_factors=[1, 1, 1, 0.5],
-        neck_hidden_sizes=[32, 64, 24, 40],
-        fusion_hidden_size=16,
-    )
-    return randomised(transformers.DPTForDepthEstimation(config), 5)
+    return randomised(test_dpt._reference(transformers, test_dpt.TINY), 5)

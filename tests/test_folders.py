@@ -78,22 +78,11 @@ def _text_pipeline():
         head_dim=16,
         d_model=32,
     )
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=4,
-    )
     return diffusers.LDMTextToImagePipeline(
         pipelines.first_stage("kl", 4, 0.25),
         pipelines.randomised(ldm.LDMBertModel(config), 3),
         tokenizer,
-        pipelines.randomised(unet, 2),
+        pipelines.text_unet(3, context_dim=32),
         pipelines.scheduler(),
     )
 

@@ -64,7 +64,7 @@ def test_trained_factors_go_into_a_file_and_on_from_it(tmp_path):
     with pytest.raises(UserError, match="is of rank 2, diffusion_stage.lora.rank of 3"):
         finetune.prepare(config, trained.model, tmp_path / "new", {}, {})
     settings.update(dict(rank=2, targets="to_q"))
-    with pytest.raises(UserError, match="conv1/kernel, which .*lora.targets; give"):
+    with pytest.raises(UserError, match="conv1/kernel, which .*lora.targets leaves"):
         finetune.prepare(config, trained.model, tmp_path / "new", {}, {})
     factors, *_ = convert.import_lora(trained.model.unet, path)
     assert factors.keys() == trained.factors["unet"].keys()
@@ -120,6 +120,11 @@ def test_factors_of_a_text_tower_are_trained_and_written_too(tmp_path):
     both = frozen.with_lora(path)
     assert both.params["conditioners"] == {}
     jax.tree.map(close, both.first_stage.encoders, trained.params["conditioners"])
+    config.conditioners.text.trainable = False
+    nets = runs.build(config)
+    with pytest.warns(UserWarning, match="of conditioners.text too, .* it is frozen"):
+        started = lora.start(settings, nets, {"unet": fresh["unet"]})
+    jax.tree.map(close, started, {"unet": trained.factors["unet"]})
 
     # diffusers makes the same of it.
     diffusers = pytest.importorskip("diffusers")
