@@ -1,5 +1,4 @@
 import functools
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ from safetensors import numpy as safetensors_numpy
 
 from ldm_jax import convert
 from ldm_jax.config import UserError
-from ldm_jax.convert import compvis, plans, read_unet
-from ldm_jax.nets import autoencoder, embedders, lpips, unet
+from ldm_jax.nets import autoencoder, embedders, lpips
 from tests import parity
 
 ATOL = 5e-5
@@ -402,103 +400,3 @@ def test_a_layout_that_a_network_has_not_is_refused():
     variables = net.init(jax.random.key(0), jnp.zeros(1, jnp.int32))
     with pytest.raises(UserError, match="choose one of compvis"):
         convert.export_network(net, variables, "diffusers")
-
-
-# --- options that shapes tell
-
-TINY = dict(
-    in_channels=4,
-    model_channels=32,
-    out_channels=4,
-    num_res_blocks=1,
-    attention_resolutions=(2,),
-    channel_mult=(1, 2),
-    num_heads=2,
-)
-CROSS = TINY | dict(use_spatial_transformer=True, context_dim=8)
-
-
-def _random(net, **inputs):
-    shapes = jax.eval_shape(lambda i: net.init(jax.random.key(0), **i), inputs)
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda a: (0.1 * rng.normal(size=a.shape)).astype(np.float32), shapes
-    )
-
-
-@pytest.mark.parametrize("layout", ["compvis", "diffusers"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        TINY,
-        TINY | dict(num_res_blocks=(1, 2), attention_resolutions=(1,)),
-        TINY | dict(channel_mult=(1, 1, 2), resblock_updown=True),
-        TINY | dict(channel_mult=(1, 2, 2), use_scale_shift_norm=True),
-        TINY | dict(channel_mult=(1,), attention_resolutions=(1,)),
-        TINY | dict(attention_resolutions=()),
-        TINY | dict(num_classes=7),
-        TINY | dict(num_classes="sequential", adm_in_channels=12),
-        TINY | dict(num_classes="timestep"),
-        TINY | dict(use_new_attention_order=True),
-        CROSS | dict(attention_resolutions=(1, 2), transformer_depth=(1, 2)),
-        CROSS | dict(use_linear_in_transformer=True, transformer_depth=3),
-        CROSS | dict(disable_self_attentions=(False, True)),
-        CROSS | dict(num_res_blocks=2, channel_mult=(1, 2, 4)),
-    ],
-)
-def test_options_of_a_unet_are_read_off_its_weights(options, layout):
-    net = unet.UNet(**options)
-    variables = _random(net, **net.abstract_inputs())
-    state = convert.export_network(net, variables, layout)
-    hint = {"num_heads": 2, "use_new_attention_order": net.use_new_attention_order}
-    again, same = convert.import_network(state, hint)
-    assert_same(same, variables)
-    inputs = jax.tree.map(
-        lambda a: jnp.full(a.shape, 0.5).astype(a.dtype), net.abstract_inputs(8)
-    )
-    np.testing.assert_array_equal(
-        _apply(again, same, **inputs), _apply(net, variables, **inputs)
-    )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        TINY | dict(conv_resample=False),
-        TINY | dict(num_classes="continuous"),
-        TINY | dict(n_embed=9),
-        TINY | dict(dims=1),
-        CROSS | dict(disable_middle_transformer=True),
-        CROSS
-        | dict(sequential_crossattn=True, transformer_depth=2, context_dim=(8, 6)),
-        TINY
-        | dict(
-            num_res_blocks=2, attention_resolutions=(1, 2), num_attention_blocks=(1, 2)
-        ),
-    ],
-)
-def test_options_that_compvis_layout_alone_has_are_read_off_its_weights(options):
-    net = unet.UNet(**options)
-    variables = _random(net, **net.abstract_inputs())
-    state = convert.export_network(net, variables, "compvis")
-    again, same = convert.import_network(state, {"num_heads": 2})
-    assert_same(same, variables)
-    for key, value in options.items():
-        if key != "attention_resolutions":
-            assert getattr(again, key) == value, key
-
-
-@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "churches256"])
-def test_released_unets_need_no_config(name):
-    net = unet.UNet(**unet.VARIANTS[name])
-    shapes = plans.abstract_params(net, **net.abstract_inputs())
-    theirs = {
-        rule.key: rule.layout.to_torch(np.broadcast_to(0, shapes[rule.path])).shape
-        for rule in compvis.unet_rules(net, shapes)
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again = read_unet.unet_of(theirs, {})
-    heads = (again.num_heads, again.num_head_channels)
-    assert heads == (net.num_heads, net.num_head_channels)
-    assert plans.abstract_params(again, **again.abstract_inputs()) == shapes
