@@ -46,6 +46,13 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_let_go():
+    """Keeps a worker's memory flat: what a file compiled would stay to the end."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def fast_compile():
     """Compiles in a third of the time to slower programs: for what runs a few steps."""

@@ -36,29 +36,34 @@ def build(config: ml_collections.ConfigDict) -> model_lib.LatentDiffusion:
     return model_lib.build(config, dict.fromkeys(config.conditioners, tokenizer()))
 
 
-def random_like(abstract, seed: int = 0):
+def random_like(abstract, seed: int = 0, spread: float = 0.3):
     """Float32 arrays of given shapes without the zeros that a fresh net starts with."""
     rng = np.random.default_rng(seed)
 
     def draw(path, x):
-        value = 0.3 * rng.normal(size=x.shape) + (path[-1].key == "scale")
+        value = spread * rng.normal(size=x.shape) + (path[-1].key == "scale")
         return jnp.asarray(value.astype(np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def random_params(config, model, seed: int = 0):
+def random_params(config, model, seed: int = 0, spread: float = 0.3):
     """Params of stage one and of stage two."""
     key = jax.random.key(0)
     first = jax.eval_shape(
         lambda: model_lib.init_autoencoder(config, model.autoencoder, key)[0]
     )
     second = jax.eval_shape(lambda: model_lib.init_diffusion(config, model, key))
-    return random_like(first, seed), random_like(second, seed + 1)
+    return random_like(first, seed, spread), random_like(second, seed + 1, spread)
 
 
-def untrained(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
-    """Writes what a finished run of `config` leaves, with random params."""
+def untrained(
+    workdir: pathlib.Path, config: ml_collections.ConfigDict, spread: float = 0.3
+) -> None:
+    """Writes what a finished run of `config` leaves, with random params.
+
+    A `spread` of 0.1 for what is drawn elsewhere too: a larger one enlarges rounding.
+    """
     workdir_lib.write_text(workdir_lib.config_path(workdir), config_lib.to_json(config))
     for name in (n for n, c in config.conditioners.items() if "tokenizer" in c):
         tokenizer().save_pretrained(workdir_lib.tokenizer_path(workdir, name))
@@ -66,7 +71,9 @@ def untrained(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
     c = model.latent_shape[-1]
     facts = {"latent": {"mean": [0.1] * c, "std": [1.5] * c}}
     for name, params in zip(
-        ("autoencoder", "diffusion"), random_params(config, model), strict=True
+        ("autoencoder", "diffusion"),
+        random_params(config, model, spread=spread),
+        strict=True,
     ):
         state = train_state.create(params, optax.sgd(0.1, momentum=0.9), 0.9)
         state = state.replace(step=jnp.int32(config[f"{name}_stage"].steps))

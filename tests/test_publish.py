@@ -39,7 +39,7 @@ def _config(*overrides, **net):
 def run(tmp_path_factory):
     """A run with random params, whose latents have a spread for each channel."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    runs.untrained(folder, _config())
+    runs.untrained(folder, _config(), spread=0.1)
     return folder
 
 
@@ -207,7 +207,7 @@ def test_diffusers_fills_holes_the_same(tmp_path):
     config = _config(*latent, "unet.in_channels=9", "unet.out_channels=4")
     with config.unlocked():
         config.conditioners.known = dict(kind="inpainting", convention="sd")
-    runs.untrained(tmp_path / "run", config)
+    runs.untrained(tmp_path / "run", config, spread=0.1)
     model = ldm_jax.load(tmp_path / "run")
     # Both draw the latent of what is known; without a variance they draw the same.
     quant = model.first_stage.params["quant_conv"]
