@@ -365,7 +365,16 @@ def load(
     """
     source, config = settle(path, spec)
     place = None if mesh is None else on_mesh(mesh)
-    nets, tokenizer_of, parts = open_parts(source, config, place=place)
+    return in_memory(config, *open_parts(source, config, place=place))
+
+
+def in_memory(
+    config: ml_collections.ConfigDict,
+    nets: model_lib.LatentDiffusion,
+    tokenizer_of: Mapping[str, Any],
+    parts: Parts,
+) -> loaded_lib.LoadedModel:
+    """A released model as one that was trained here."""
     first_stage = first_stage_lib.FirstStage(
         params=parts.first_stage.get("autoencoder", {}),
         **{k: jnp.array(v, jnp.float32) for k, v in _statistics(nets, parts).items()},

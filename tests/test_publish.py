@@ -252,6 +252,44 @@ def test_the_command_goes_there_and_back(tmp_path, run, capsys):
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 
 
+def test_the_command_goes_from_any_layout_to_any_other(tmp_path, run, capsys):
+    """Bit for bit, without a run in between: folder, file, folder."""
+    spec = f"--config={_spec(run, tmp_path)}"
+    convert_main.main([str(run), str(tmp_path / "folder")])
+    file = tmp_path / "model.safetensors"
+    convert_main.main([str(tmp_path / "folder"), str(file), spec])
+    assert f"folder as debug in {file}\n" in capsys.readouterr().out
+    again = tmp_path / "again"
+    convert_main.main([str(file), str(again), spec, "--diffusers"])
+    model = ldm_jax.load(tmp_path / "folder", config=_spec(run, tmp_path))
+    _same(ldm_jax.load(again, config=_spec(run, tmp_path)), model)
+    for part in ("unet", "vae", "text_encoder"):
+        there = sorted((tmp_path / "folder" / part).glob("*.safetensors"))
+        assert len(there) == 1
+        told, said = (
+            safetensors_numpy.load_file(f)
+            for f in (there[0], again / part / there[0].name)
+        )
+        jax.tree.map(np.testing.assert_array_equal, said, told)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("x.ckpt", [], "x.ckpt would be a pickle, which can run code where it is read"),
+        ("x.safetensors", ["--diffusers"], "leave out either the flag or .safetensors"),
+    ],
+)
+def test_a_destination_of_no_layout_is_a_line(
+    tmp_path, run, capsys, name, flags, words
+):
+    with pytest.raises(SystemExit) as stopped:
+        convert_main.main([str(run), str(tmp_path / name), *flags])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
 def _lacking(part):
     return lambda folder: shutil.rmtree(folder / part)
 

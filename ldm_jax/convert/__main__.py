@@ -6,18 +6,21 @@ ldm_jax.sample`, `ldm_jax.load` and `--config.init_from`. The preset says what i
 SRC, or the YAML that came with it (--config=v1-inference.yaml, or of SRC's name beside
 it); without either SRC is recognised by its keys and shapes. Every array must fit.
 
-python -m ldm_jax.convert RUN DST
+Where DST ends in .safetensors it becomes a checkpoint in CompVis' layout instead, and
+with --diffusers a folder for diffusers. Runs go out in the same two ways:
 
-goes back: to a checkpoint in CompVis' layout where DST ends in .safetensors, else to a
-folder for diffusers.
+python -m ldm_jax.convert RUN DST
 """
 
 import argparse
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 from ldm_jax import config as config_lib
 from ldm_jax.config import UserError
+
+FILE = ".safetensors"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,6 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="draw anew what SRC's UNet and autoencoder lack, instead of an error",
     )
     parser.add_argument(
+        "--diffusers",
+        action="store_true",
+        help="DST is a folder for diffusers, as it always is where SRC is a run",
+    )
+    parser.add_argument(
         "--check",
         action="store_true",
         help="compare every block with torch's and diffusers', which must be installed",
@@ -56,47 +64,61 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """What the command does; raises UserError before anything is written."""
-    from ldm_jax import check, loaded, workdir
+    from ldm_jax import check, loaded, publish, publish_folder, released, workdir
     from ldm_jax.convert import check as blocks
 
     config_lib.setup_logging()
-    destination = pathlib.Path(args.dst)
-    if destination.exists():
-        raise UserError(f"DST: {destination} is there already; name another")
+    destination = _destination(args)
     if args.check:
         blocks.libraries()
-    if workdir.is_run(pathlib.Path(args.src)):
-        run = args.src
-        _export(args, rest, destination)
+    of_run = workdir.is_run(pathlib.Path(args.src))
+    if of_run:
+        _check_no_options(args, rest)
+        model, name = loaded.load(args.src), args.src
     else:
-        run = destination
-        _import(args, rest, destination)
+        parts = _released(args, rest)
+        model = released.in_memory(*parts)
+        name = f"{args.src} as {model.config.preset}"
+    if destination.suffix == FILE:
+        publish.write_file(model, destination)
+    elif of_run or args.diffusers:
+        publish_folder.write(model, destination)
+    else:
+        released.write(destination, *parts)
+    print(f"{name} in {destination}")
     if args.check:
-        check.check(loaded.load(run))
+        check.check(model)
 
 
-def _export(
-    args: argparse.Namespace, rest: Sequence[str], destination: pathlib.Path
-) -> None:
-    """A run to a file or a folder of others."""
-    from ldm_jax import loaded, publish, publish_folder
+def _destination(args: argparse.Namespace) -> pathlib.Path:
+    """DST, if it may be written."""
+    path = pathlib.Path(args.dst)
+    if path.exists():
+        raise UserError(f"DST: {path} is there already; name another")
+    if path.suffix in (".bin", ".ckpt", ".pt", ".pth"):
+        raise UserError(
+            f"DST: {path} would be a pickle, which can run code where it is read; name"
+            f" it {path.with_suffix(FILE).name}"
+        )
+    if args.diffusers and path.suffix == FILE:
+        raise UserError(
+            f"--diffusers: its layout is a folder, and {path} a file; leave out either"
+            f" the flag or {FILE}"
+        )
+    return path
 
+
+def _check_no_options(args: argparse.Namespace, rest: Sequence[str]) -> None:
     chosen = args.config or args.raw_weights or args.allow_missing
     if chosen or rest or args.scale_factor is not None:
         raise UserError(
             f"SRC: {args.src} is a run, which has a config and weights of its own;"
             " leave --config and the like out"
         )
-    to_file = destination.suffix == ".safetensors"
-    write = publish.write_file if to_file else publish_folder.write
-    write(loaded.load(args.src), destination)
-    print(f"{args.src} in {destination}")
 
 
-def _import(
-    args: argparse.Namespace, rest: Sequence[str], destination: pathlib.Path
-) -> None:
-    """A released model to a run."""
+def _released(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, ...]:
+    """(config, nets, tokenizers, parts) of a released model."""
     from ldm_jax import preset_of, released
 
     if args.scale_factor is not None and not args.scale_factor > 0:
@@ -110,15 +132,14 @@ def _import(
     source, config = released.settle(args.src, args.config, overrides)
     if not args.config:
         print("\n".join(preset_of.told(config)))
-    nets, tokenizer_of, parts = released.open_parts(
+    opened = released.open_parts(
         source,
         config,
         averaged=not args.raw_weights,
         scale_factor=args.scale_factor,
         allow_missing=args.allow_missing,
     )
-    released.write(destination, config, nets, tokenizer_of, parts)
-    print(f"{args.src} as {config.preset} in {destination}")
+    return config, *opened
 
 
 if __name__ == "__main__":
