@@ -48,7 +48,11 @@ def first_stage(kind, levels, scaling_factor):
     if kind == "vq":
         options |= dict(num_vq_embeddings=64)
     cls = {"kl": diffusers.AutoencoderKL, "vq": diffusers.VQModel}[kind]
-    return randomised(cls(**options), 1)
+    net = randomised(cls(**options), 1)
+    if kind == "vq":
+        # z + (z_q - z) of diffusers would round codes far smaller than z.
+        net.quantize.embedding.weight.data *= 12
+    return net
 
 
 def unet(in_channels):

@@ -33,7 +33,7 @@ def test_group_norm_normalises_each_group_in_float32(dtype):
     mean = groups.mean((1, 3), keepdims=True)
     expected = (groups - mean) / groups.std((1, 3), keepdims=True) * 2 + 1
     assert y.dtype == dtype
-    atol = 2e-3 if dtype == jnp.float32 else 5e-2
+    atol = 1e-5 if dtype == jnp.float32 else 5e-2
     np.testing.assert_allclose(
         np.asarray(y, np.float64), expected.reshape(x.shape), atol=atol
     )
