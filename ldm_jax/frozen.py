@@ -138,12 +138,17 @@ def _find(source: str, option: str) -> pathlib.Path:
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
         if not found:
-            raise UserError(f"{option}: {source!r} has no {' or '.join(FILES)} in it")
+            raise UserError(
+                f"{option}: {source!r} has no {' or '.join(FILES)} in it; give"
+                " the file, or the folder that it is in"
+            )
         return found[0]
     if path.is_file():
         return path
     if path.suffix in files.SUFFIXES or source.startswith((".", "/", "~")):
-        raise UserError(f"{option}: no file or folder {source!r}")
+        raise UserError(
+            f"{option}: no file or folder {source!r}; give one that is there"
+        )
     return hub.weights(source, FILES, option)
 
 

@@ -214,17 +214,19 @@ class LoadedModel:
         self,
         lora_file: str | os.PathLike | Mapping[str, Any],
         scale: float = 1.0,
+        *,
+        option: str = "lora_file",
     ) -> "LoadedModel":
         """This model with a LoRA of diffusers, PEFT or kohya added to it.
 
         To its UNet, and to CLIP's text tower where the file has factors of that too.
         `lora_file` is a file or a state dict, `scale` how strongly it is added. Raises
-        UserError where it is none of these nets.
+        UserError, which names `option`, where it is none of these nets.
         """
         encoders = self.first_stage.encoders
         nets = {**self.params["conditioners"], **encoders}
         tree = {"unet": self.params["unet"], "conditioners": nets}
-        for factors, rank, alpha in lora.read(self.model, lora_file):
+        for factors, rank, alpha in lora.read(self.model, lora_file, option):
             tree = lora.add(tree, factors, scale * alpha / rank)
         tree = jax.tree.map(jnp.asarray, tree)
         nets = tree["conditioners"]
@@ -416,6 +418,7 @@ def load(
     """
     workdir = pathlib.Path(workdir)
     config = workdir_lib.read_config(workdir)
+    workdir_lib.check_draws(workdir, config)
     tokenizers = workdir_lib.load_tokenizers(workdir, config)
     model = model_lib.build(config, tokenizers)
     looking = [k for k, c in model.conditioners.items() if c.remembered is not None]

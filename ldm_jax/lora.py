@@ -118,19 +118,22 @@ def add(
 
 
 def read(
-    model: model_lib.LatentDiffusion, source: str | os.PathLike | Mapping[str, Any]
+    model: model_lib.LatentDiffusion,
+    source: str | os.PathLike | Mapping[str, Any],
+    option: str,
 ) -> list[tuple[dict[str, Any], int, float]]:
     """(factors, rank, alpha) of a LoRA for the UNet, and for CLIP's text tower.
 
     Factors are nested like a model's params. Those of text towers that the model has
-    not are left out with a warning. Raises UserError where nothing is left, or a kernel
-    is not the model's.
+    not are left out with a warning. Raises UserError, which names `option`, where
+    nothing is left, or a kernel is not the model's.
     """
-    there, found = lora_files.nets_of(source), []
+    held = lora_files.read(source, option)
+    there, found = held.nets, []
     texts = _towers(model)
     if "text_encoder" in there and len(texts) == 1:
         ((name, net),) = texts.items()
-        factors, rank, alpha = convert.import_lora(net, source)
+        factors, rank, alpha = lora_files.factors_of(net, held, option)
         found.append(({"conditioners": {name: factors}}, rank, alpha))
         there.remove("text_encoder")
     left = sorted(there - {"unet"})
@@ -141,7 +144,7 @@ def read(
             stacklevel=3,
         )
     if "unet" in there or not found:
-        factors, rank, alpha = convert.import_lora(model.unet, source)
+        factors, rank, alpha = lora_files.factors_of(model.unet, held, option)
         found.append(({"unet": factors}, rank, alpha))
     return found
 
@@ -185,13 +188,10 @@ def start(
     Where the file's alpha is another, b is scaled. UserError where the ranks differ,
     or the file has factors of a kernel that `settings.targets` leaves out.
     """
-    option = f"diffusion_stage.lora.init_from: {settings.init_from!r}"
+    field = "diffusion_stage.lora.init_from"
+    option = f"{field}: {settings.init_from!r}"
     started = flax.traverse_util.flatten_dict(dict(fresh), sep="/")
-    try:
-        parts = read(model, settings.init_from)
-    except UserError as error:
-        raise UserError(f"{option}: {error}") from error
-    for factors, rank, alpha in parts:
+    for factors, rank, alpha in read(model, settings.init_from, field):
         frozen = [
             name
             for name in factors.get("conditioners", {})

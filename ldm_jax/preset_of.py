@@ -5,11 +5,13 @@ is none, the nets are read off the arrays, and what these can't say is as in Sta
 Diffusion; `told` says what that was.
 """
 
+import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -21,6 +23,14 @@ from ldm_jax.convert import networks, whole
 from ldm_jax.diffusion import schedules
 from ldm_jax.nets import autoencoder, embedders, t5, text_encoder, unet
 
+# linear_start and linear_end of Stable Diffusion, LDM and DDPM.
+_ENDS = ((0.00085, 0.012), (0.0015, 0.0195), (0.0015, 0.0205), (1e-4, 2e-2))
+_TOWERS = {
+    "transformer": text_encoder.TextTransformer,
+    "clip": text_encoder.CLIPTextTransformer,
+    "t5": t5.T5Encoder,
+}
+CONDITION = whole.CONDITIONS[0]
 READ_OFF = "read off its weights"  # config.preset where none fits
 NAME_IT = "name a preset with --config"
 
@@ -34,9 +44,36 @@ def config_of(
     Raises UserError where there is none such, or none fits and the arrays don't tell
     what the model is given.
     """
+    if is_first_stage(source):
+        return _first_stage_of(source)
     config = _fitting(source, predicts)
     config.sample.update(dict(spacing=source.spacing))
     return config
+
+
+def is_first_stage(source: whole.Whole) -> bool:
+    """Whether it is an autoencoder and no more."""
+    return _has(source, whole.FIRST_STAGE) and not _has(source, whole.UNET)
+
+
+def _first_stage_of(source: whole.Whole) -> ml_collections.ConfigDict:
+    """The config of a first stage alone."""
+    net = _first_stage(source)
+    for spec, config in shipped(diffusion=False):
+        ours = model_lib.build_autoencoder(config)
+        if _signs_of_first_stage(ours) == _signs_of_first_stage(net):
+            config.preset = spec
+            return config
+    config = defaults.first_stage()
+    config.preset = READ_OFF
+    config.autoencoder = _section_of(net)
+    return config
+
+
+def _section_of(net: nn.Module) -> ml_collections.ConfigDict:
+    """The section `autoencoder` of a first stage."""
+    kinds = {cls: kind for kind, cls in autoencoder.KINDS.items()}
+    return ml_collections.ConfigDict({"kind": kinds[type(net)]} | _options(net))
 
 
 def _fitting(source: whole.Whole, predicts: str | None) -> ml_collections.ConfigDict:
@@ -68,8 +105,10 @@ def _fitting(source: whole.Whole, predicts: str | None) -> ml_collections.Config
     return config
 
 
-def shipped() -> Iterator[tuple[str, ml_collections.ConfigDict]]:
+def shipped(diffusion: bool = True) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
     """("configs/txt2img.py:sd1", config) of all presets with a diffusion stage.
+
+    Those of a first stage alone where `diffusion` is False.
 
     Of the repository, or of the working directory; none where neither has configs.
     `debug` is left out: it is too small to tell one task from another.
@@ -80,9 +119,11 @@ def shipped() -> Iterator[tuple[str, ml_collections.ConfigDict]]:
     for path in files:
         for name, make in config_lib.presets_of(path).items():
             config = make()
-            if name == "debug" or "diffusion" not in config.stages:
+            if name == "debug" or ("diffusion" in config.stages) is not diffusion:
                 continue
-            if config.unet.get("kind", "unet") == "unet":  # no file has a prior alone
+            if not diffusion:
+                yield f"configs/{path.name}:{name}", config
+            elif config.unet.get("kind", "unet") == "unet":  # no file has a prior alone
                 yield f"configs/{path.name}:{name}", config
 
 
@@ -95,9 +136,49 @@ def _net(name: str, source: whole.Whole, prefix: str, part: str = "") -> nn.Modu
     except UserError as error:
         words = str(error).partition(";")[0]
         raise UserError(
-            f"SRC: its {name} is not told by the arrays alone ({words}); {NAME_IT}, or"
-            " the original YAML"
+            f"SRC: its {name} is not told by the arrays alone ({words}); {NAME_IT},"
+            f" give the original YAML, or set --config.{_FIELDS[prefix]}.FIELD=VALUE"
         ) from error
+
+
+# Where a config has the options of the net under a prefix.
+_FIELDS = {
+    whole.UNET: "unet",
+    whole.FIRST_STAGE: "autoencoder",
+    CONDITION: "conditioners.text.net",
+    whole.PARTS["image_encoder"]: "conditioners.alike.net",
+    whole.PARTS["depth_estimator"]: "conditioners.depth.net",
+}
+
+
+def with_hints(source: whole.Whole, overrides: Sequence[str]) -> whole.Whole:
+    """The source whose nets have what "field=value" say, as heads no array tells."""
+    nets = {prefix: dict(options) for prefix, options in source.nets.items()}
+    for item in overrides:
+        field, text = config_lib.split_override(item)
+        section, _, option = field.rpartition(".")
+        for prefix in (p for p, name in _FIELDS.items() if name == section):
+            part = whole.PARTS["text_encoder"] if prefix == CONDITION else prefix
+            nets.setdefault(part, {})[option] = config_lib.parse_value(text)
+    return source._replace(nets=nets)
+
+
+def admit(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
+    """Lets "field=value" name those options of nets that were read off as defaults."""
+    classes = {
+        "unet": unet.UNet,
+        "autoencoder": autoencoder.KINDS[config.autoencoder.kind],
+    }
+    if "text" in config.get("conditioners", {}):
+        classes["conditioners.text.net"] = _TOWERS[config.conditioners.text.net.kind]
+    for item in overrides:
+        name, _, option = config_lib.split_override(item)[0].rpartition(".")
+        if name not in classes:
+            continue
+        section = functools.reduce(lambda tree, key: tree[key], name.split("."), config)
+        field = classes[name].__dataclass_fields__.get(option)
+        if field is not None and option not in section:
+            section[option] = field.default
 
 
 def _has(source: whole.Whole, prefix: str) -> bool:
@@ -112,7 +193,7 @@ def _first_stage(source: whole.Whole) -> nn.Module:
 
 def _condition(source: whole.Whole) -> nn.Module | None:
     """The net under `cond_stage_model`, if there is one."""
-    prefix = whole.CONDITIONS[0]
+    prefix = CONDITION
     if not _has(source, prefix):
         return None
     return _net("condition", source, prefix, whole.PARTS["text_encoder"])
@@ -128,14 +209,9 @@ def _is_of(net: nn.Module, config: ml_collections.ConfigDict) -> bool:
         "layout": text_encoder.TextTransformer,
         "semantic": embedders.SpatialRescaler,
     }
-    towers = {
-        "transformer": text_encoder.TextTransformer,
-        "clip": text_encoder.CLIPTextTransformer,
-        "t5": t5.T5Encoder,
-    }
     for section in config.conditioners.values():
         if section.kind == "text":
-            return isinstance(net, towers[section.net.kind])
+            return isinstance(net, _TOWERS[section.net.kind])
         if section.kind == "layout" and isinstance(net, nets["layout"]):
             return net.vocab_size == section.num_tokens
         if section.kind in nets and section.get("slot", "context") != "vector":
@@ -164,6 +240,7 @@ def _signs_of_unet(net: unet.UNet) -> tuple:
         tuple(net.channel_mult),
         net.res_blocks_of_levels(),
         tuple(d if there else 0 for d, there in zip(depths, attended, strict=True)),
+        net.transformer_depth_middle,
         tuple(dims) if isinstance(dims, list | tuple) else dims,
         (net.use_linear_in_transformer, net.added_kv),
         (net.num_classes, net.adm_in_channels),
@@ -211,9 +288,15 @@ def process_of(source: whole.Whole) -> tuple[str | None, list[np.ndarray]]:
 
 
 def is_table_of(schedule: schedules.Schedule, table: np.ndarray) -> bool:
-    """Whether a table of alphas_cumprod is the schedule's, but for rounding."""
-    ours = schedule.alphas_cumprod
-    return len(table) == len(ours) and np.allclose(table, ours, atol=1e-5)
+    """Whether a table of alphas_cumprod is the schedule's, but for rounding.
+
+    Who halves a checkpoint halves this too.
+    """
+    ours, given = schedule.alphas_cumprod, np.asarray(table)
+    if given.shape != ours.shape:
+        return False
+    rounding = max(float(jnp.finfo(given.dtype).eps), 1e-5)
+    return np.allclose(given.astype(np.float64), ours, rtol=rounding, atol=1e-5)
 
 
 # --- where no preset fits
@@ -225,10 +308,7 @@ def _read_off(
     config = defaults.both_stages()
     config.preset = READ_OFF
     config.unet = ml_collections.ConfigDict(_options(net))
-    kinds = {cls: kind for kind, cls in autoencoder.KINDS.items()}
-    config.autoencoder = ml_collections.ConfigDict(
-        {"kind": kinds[type(first)]} | _options(first)
-    )
+    config.autoencoder = _section_of(first)
     with config.unlocked(), config.ignore_type():
         config.diffusion.update(_process(source))
     factor = 2 ** (len(first.ch_mult) - 1)
@@ -257,13 +337,16 @@ def _process(source: whole.Whole) -> dict[str, Any]:
     bar = source.arrays.get("alphas_cumprod")
     if bar is None:
         return {}
-    bar = np.asarray(bar, np.float64)
-    betas = 1 - bar / np.concatenate([[1.0], bar[:-1]])
-    ends = dict(linear_start=round(betas[0], 6), linear_end=round(betas[-1], 6))
-    for schedule in schedules.SCHEDULES:
-        made = dict(schedule=schedule, timesteps=len(bar), **ends)
-        if is_table_of(schedules.make_schedule(**made), bar):
-            return made
+    if bar.ndim == 1 and len(bar) > 1:
+        first, before, last = (float(bar[i]) for i in (0, -2, -1))
+        own = round(1 - first, 6), round(1 - last / max(before, 1e-12), 6)
+        # Those of the released models first: half precision leaves no digits of others.
+        for start, end in (*_ENDS, own):
+            for schedule in schedules.SCHEDULES:
+                made = dict(schedule=schedule, timesteps=len(bar))
+                made |= dict(linear_start=start, linear_end=end)
+                if is_table_of(schedules.make_schedule(**made), bar):
+                    return made
     raise UserError(f"SRC: alphas_cumprod is of no schedule known here; {NAME_IT}")
 
 
@@ -274,7 +357,8 @@ def _conditions(
     more, found = net.in_channels - first.embed_dim, {}
     vector = net.num_classes
     if net.use_spatial_transformer:
-        found["text"] = _context(condition)
+        name = "class" if isinstance(condition, embedders.ClassEmbedder) else "text"
+        found[name] = _context(condition)
     if _has(source, whole.PARTS["depth_estimator"]) and more == 1:
         tower = _net("depth estimator", source, whole.PARTS["depth_estimator"])
         found["depth"] = dict(kind="photo_depth", net=_options(tower))
@@ -290,9 +374,24 @@ def _conditions(
         if source.noise_levels is not None:
             found["low_res"]["max_noise_level"] = source.noise_levels
         more, vector = 0, None
-    if source.pipeline == whole.SUPER_RESOLUTION and more == 3:
+    of_pictures = (
+        source.pipeline == whole.SUPER_RESOLUTION or source.given == "LR_image"
+    )
+    if of_pictures and more == 3:
         found["low_res"] = dict(kind="low_res")
         more = 0
+    mapper = source.arrays.get(f"{CONDITION}channel_mapper.weight")
+    if mapper is not None and more == len(mapper):
+        classes = mapper.shape[1]
+        found["segmentation"] = dict(
+            kind="semantic", num_classes=classes, channels=more
+        )
+        more = 0
+    if source.given == "coordinates_bbox":
+        raise UserError(
+            "SRC: it is given layouts, and how many classes these have is not in the"
+            f" weights; {NAME_IT}, such as configs/layout2img.py:openimages256"
+        )
     if more == first.embed_dim + 1:
         convention = "sd" if net.use_spatial_transformer else "ldm"
         found["known"] = dict(kind="inpainting", convention=convention)
@@ -301,6 +400,12 @@ def _conditions(
         raise UserError(
             f"SRC: its UNet also takes a vector ({vector}), whose meaning is not in the"
             f" weights; {NAME_IT}"
+        )
+    if more and isinstance(first, autoencoder.Identity):
+        raise UserError(
+            f"SRC: nothing in it begins with {whole.FIRST_STAGE!r}, and its UNet takes"
+            f" {net.in_channels} channels, which are no picture's; give a whole"
+            " checkpoint"
         )
     if more:
         raise UserError(

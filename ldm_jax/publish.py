@@ -7,6 +7,7 @@ and the number is 1: its latents are then the run's, and so are its pictures.
 
 import contextlib
 import pathlib
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,7 +21,7 @@ from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
 from ldm_jax.convert import networks, towers, whole
 from ldm_jax.diffusion import schedules
-from ldm_jax.nets import autoencoder, clip_vision, dpt, embedders, text_encoder
+from ldm_jax.nets import autoencoder, clip_vision, dpt, embedders, prior, text_encoder
 
 META = {"format": "pt"}  # readers of torch ask for it
 
@@ -58,7 +59,12 @@ def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
 
 
 def check(model: loaded.LoadedModel) -> None:
-    """Raises UserError for what is in no other layout."""
+    """Raises UserError for what is in no other layout, and warns of what stays."""
+    if isinstance(model.model.unet, prior.PriorTransformer):
+        raise UserError(
+            "unet.kind: 'prior', which has no place in a whole model of other layouts;"
+            " export its network by ldm_jax.convert.export_network"
+        )
     for name in model.first_stage.memory:
         raise UserError(
             f"conditioners.{name}: looks up the training pictures, which no other"
@@ -75,6 +81,12 @@ def check(model: loaded.LoadedModel) -> None:
         raise UserError(
             "diffusion.schedule: 'sigma', which no other layout has; convert a run over"
             " timesteps"
+        )
+    if model.classifier is not None:
+        warnings.warn(
+            "classifier: the one that this run trained is left out, no other layout has"
+            " a place for it; export it by ldm_jax.convert.export_network",
+            stacklevel=3,
         )
 
 
@@ -166,9 +178,9 @@ def _folded(params: Mapping[str, Any], mean: np.ndarray, std: np.ndarray) -> dic
 def written(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """`workdir.whole`, and a line where the disk refuses."""
     try:
-        with workdir_lib.whole(path) as partial:
+        with workdir_lib.whole(path, "DST") as partial:
             yield partial
-    except (OSError, safetensors.SafetensorError) as error:
+    except safetensors.SafetensorError as error:  # the system's too
         raise UserError(
             f"DST: {path} can't be written ({error}); name another"
         ) from error

@@ -8,6 +8,7 @@ finetunes it. `load` makes a model in memory of it without one.
 """
 
 import functools
+import math
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -68,7 +70,7 @@ def is_source(source: str | os.PathLike) -> bool:
 def open_source(source: str) -> whole.Whole:
     """What a file, a folder of diffusers or a hub id of either holds."""
     path = pathlib.Path(source).expanduser()
-    if not path.exists():
+    if not path.exists() and not path.parent.exists():
         path = hub.pipeline(source, "SRC") or path
     if whole.is_folder(path):
         return whole.read_folder(path, "SRC")
@@ -111,10 +113,6 @@ def read(
     def fresh_unet():
         return model_lib.init_diffusion(config, model, key)["unet"]
 
-    def fresh_autoencoder():
-        params, _ = model_lib.init_autoencoder(config, model.autoencoder, key)
-        return params["autoencoder"]
-
     diffusion = {
         "unet": _part(
             "the UNet",
@@ -147,23 +145,58 @@ def read(
             )
         diffusion["logvar"] = np.asarray(state_dict["logvar"], np.float32)
     _check_shapes(config, model, diffusion)
-    first_stage = {}
-    if not isinstance(model.autoencoder, autoencoder.Identity):
-        first_stage["autoencoder"] = _part(
-            "the autoencoder",
-            _params_of,
-            model.autoencoder,
-            whole.under(state_dict, FIRST_STAGE),
-            place,
-            fresh_autoencoder if allow_missing else None,
-        )
+    first_stage = _first_stage(source, config, model.autoencoder, allow_missing, place)
     if scale_factor is None:
-        scale_factor = source.scale_factor
-    if scale_factor is None:
-        known = SCALE_FACTORS.get(config.autoencoder.get("variant"), 1.0)
-        found = np.asarray(state_dict.get("scale_factor", known))
-        scale_factor = float(str(found[()]))  # 0.18215 also where it was a float32
+        scale_factor = _scale_factor(source, config)
     return Parts(first_stage, diffusion, encoders, scale_factor)
+
+
+def _first_stage(
+    source: whole.Whole,
+    config: ml_collections.ConfigDict,
+    net: nn.Module,
+    allow_missing: bool,
+    place: plans.Place,
+) -> dict[str, Any]:
+    if isinstance(net, autoencoder.Identity):
+        return {}
+
+    def fresh():
+        key = jax.random.key(config.seed)
+        return model_lib.init_autoencoder(config, net, key)[0]["autoencoder"]
+
+    own = whole.under(source.arrays, FIRST_STAGE)
+    init = fresh if allow_missing else None
+    params = _part("the autoencoder", _params_of, net, own, place, init)
+    return {"autoencoder": params}
+
+
+def _scale_factor(source: whole.Whole, config: ml_collections.ConfigDict) -> float:
+    """What latents are multiplied by: as the source says, else as its first stage has.
+
+    A warning where neither does.
+    """
+    if source.scale_factor is not None:
+        return source.scale_factor
+    if "scale_factor" in source.arrays:
+        found = np.asarray(source.arrays["scale_factor"])
+        # By its digits: 0.18215 also where it was a float32.
+        value = float(str(found[()])) if found.size == 1 else math.nan
+        if not 0 < value < math.inf:
+            raise UserError(
+                f"SRC: scale_factor is {found.tolist()}, which multiplies no latents;"
+                " give one with --scale_factor"
+            )
+        return value
+    known = SCALE_FACTORS.get(config.autoencoder.get("variant"))
+    net = model_lib.build_autoencoder(config)
+    if known is None and not isinstance(net, autoencoder.Identity):
+        warnings.warn(
+            "SRC does not say what latents are multiplied by; they are left as they"
+            " are. Stable Diffusion's are by --scale_factor=0.18215",
+            stacklevel=2,
+        )
+    return 1.0 if known is None else known
 
 
 def _check_shapes(
@@ -175,7 +208,7 @@ def _check_shapes(
     )
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, shapes):
         raise UserError(
-            "SRC: the nets are not those of --config; choose another preset"
+            "SRC: the nets are not those of --config; give another of either"
         )
 
 
@@ -268,8 +301,10 @@ def _part(name: str, convert: Any, *args: Any) -> dict[str, Any]:
         return convert(*args)
     except (ValueError, UserError) as error:
         words = str(error).splitlines()[0]
+        if any(isinstance(e, plans.UnsoundError) for e in (error, error.__cause__)):
+            raise UserError(f"SRC: {name}: {words}") from error
         raise UserError(
-            f"SRC: {name} is not that of --config ({words:.300}); choose another preset"
+            f"SRC: {name} is not that of --config ({words}); give another of either"
         ) from error
 
 
@@ -332,16 +367,15 @@ def settle(
     """
     if spec is not None and not spec.endswith(original_yaml.SUFFIXES):
         config = config_lib.load(spec, overrides)
-        if "diffusion" not in config.stages:
-            raise UserError(
-                f"--config: {config.preset} has no diffusion stage; choose another"
-            )
         return open_source(path), config
     source = open_source(path)
     original = spec or original_yaml.find(pathlib.Path(path).expanduser())
     if original is not None:
         source = original_yaml.add(source, pathlib.Path(original))
-    config = preset_of.config_of(source, predicts)
+    hinted = preset_of.with_hints(source, overrides)
+    config = preset_of.config_of(hinted, predicts)
+    if config.preset == preset_of.READ_OFF:
+        preset_of.admit(config, overrides)
     for item in overrides:
         config_lib.override(config, *config_lib.split_override(item))
     return source, config
@@ -349,8 +383,13 @@ def settle(
 
 def open_parts(
     source: whole.Whole, config: ml_collections.ConfigDict, **options: Any
-) -> tuple[model_lib.LatentDiffusion, dict[str, Any], Parts]:
-    """(nets, tokenizers, params) of a released model; `options` are those of `read`."""
+) -> tuple[model_lib.LatentDiffusion | None, dict[str, Any], Parts]:
+    """(nets, tokenizers, params) of a released model; `options` are those of `read`.
+
+    Where the config is of a first stage alone, that is taken, and there are no nets.
+    """
+    if "diffusion" not in config.stages:
+        return None, {}, _read_first_stage(source, config, **options)
     tokenizer_of = load_tokenizers(config, source)
     nets = model_lib.build(config, tokenizer_of)
     return nets, tokenizer_of, read(source, config, nets, **options)
@@ -368,16 +407,39 @@ def load(
     return in_memory(config, *open_parts(source, config, place=place))
 
 
+def _read_first_stage(
+    source: whole.Whole,
+    config: ml_collections.ConfigDict,
+    *,
+    averaged: bool = True,
+    scale_factor: float | None = None,
+    allow_missing: bool = False,
+    place: plans.Place | None = None,
+) -> Parts:
+    """What a run of stage one holds."""
+    del averaged  # of the UNet
+    net = model_lib.build_autoencoder(config)
+    params = _first_stage(source, config, net, allow_missing, place or on_device)
+    if scale_factor is None:
+        scale_factor = _scale_factor(source, config)
+    return Parts(params, {}, {}, scale_factor)
+
+
 def in_memory(
     config: ml_collections.ConfigDict,
-    nets: model_lib.LatentDiffusion,
+    nets: model_lib.LatentDiffusion | None,
     tokenizer_of: Mapping[str, Any],
     parts: Parts,
 ) -> loaded_lib.LoadedModel:
     """A released model as one that was trained here."""
+    if nets is None:
+        raise UserError(
+            "SRC: a first stage alone, which draws nothing; make a run of it with"
+            " python -m ldm_jax.convert, and train with --config.autoencoder_from=RUN"
+        )
     first_stage = first_stage_lib.FirstStage(
         params=parts.first_stage.get("autoencoder", {}),
-        **{k: jnp.array(v, jnp.float32) for k, v in _statistics(nets, parts).items()},
+        **{k: jnp.array(v, jnp.float32) for k, v in _statistics(config, parts).items()},
         encoders=parts.encoders,
     )
     steps = config.diffusion_stage.steps
@@ -387,27 +449,28 @@ def in_memory(
 
 
 def _statistics(
-    model: model_lib.LatentDiffusion, parts: Parts
+    config: ml_collections.ConfigDict, parts: Parts
 ) -> dict[str, list[float]]:
     """The latents' mean and std, by channel, that one factor stands for."""
-    c = model.latent_shape[-1]
+    c = model_lib.build_autoencoder(config).embed_dim
     return {"mean": [0.0] * c, "std": [1 / parts.scale_factor] * c}
 
 
 def write(
     workdir: pathlib.Path,
     config: ml_collections.ConfigDict,
-    model: model_lib.LatentDiffusion,
+    nets: model_lib.LatentDiffusion | None,
     tokenizer_of: Mapping[str, Any],
     parts: Parts,
 ) -> None:
     """Writes a finished run, whole or not at all; `workdir` must not be there."""
+    del nets
     with workdir_lib.whole(workdir) as partial:
         for name, tokenizer in tokenizer_of.items():
             tokenizer.save_pretrained(workdir_lib.tokenizer_path(partial, name))
         frozen_lib.write(partial, parts.encoders)
         for name, params, facts in (
-            ("autoencoder", parts.first_stage, {"latent": _statistics(model, parts)}),
+            ("autoencoder", parts.first_stage, {"latent": _statistics(config, parts)}),
             ("diffusion", parts.diffusion, {}),
         ):
             if params:

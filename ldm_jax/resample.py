@@ -10,16 +10,25 @@ METHODS = ("nearest", "bilinear", "bicubic", "lanczos", "area", "adaptive")
 _RADIUS = {"bilinear": 1, "area": 1, "bicubic": 2, "lanczos": 4}
 
 
-def matrix(n_in: int, n_out: int, method: str, *, corners: bool = False) -> np.ndarray:
+def matrix(
+    n_in: int,
+    n_out: int,
+    method: str,
+    *,
+    corners: bool = False,
+    scale: float | None = None,
+) -> np.ndarray:
     """float64 [n_out, n_in]: what each output row takes of the input rows.
 
+    `scale` is how many input rows an output row is from the next, n_in / n_out unless
+    given (torch's `scale_factor` is its inverse, also where n_out was rounded).
     `corners` puts the first and last rows' centres on each other (torch's
     `align_corners`), for bilinear and bicubic. Bicubic is Keys' with a = -0.75. Raises
     ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"method: {method!r}; choose one of {', '.join(METHODS)}")
-    scale, i, j = n_in / n_out, np.arange(n_out), np.arange(n_in)
+    scale, i, j = scale or n_in / n_out, np.arange(n_out), np.arange(n_in)
     if method == "nearest":
         return np.eye(n_in)[np.minimum(np.floor(i * scale).astype(int), n_in - 1)]
     if method == "adaptive":

@@ -193,8 +193,10 @@ def inputs_of(workdir: str | None) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(columns that the model of a run reads, flags that it may be given besides)."""
     if workdir is None or not workdir_lib.is_run(pathlib.Path(workdir)):
         return (), OPTIONAL
-    config = workdir_lib.read_config(pathlib.Path(workdir))
-    tokenizer_of = workdir_lib.load_tokenizers(pathlib.Path(workdir), config)
+    folder = pathlib.Path(workdir)
+    config = workdir_lib.read_config(folder)
+    workdir_lib.check_draws(folder, config)
+    tokenizer_of = workdir_lib.load_tokenizers(folder, config)
     fields = kinds.required_fields(model_lib.build(config, tokenizer_of).conditioners)
     return fields, OPTIONAL + ("label",) * ("classifier" in config.stages)
 
@@ -203,15 +205,13 @@ def with_files(
     model: loaded_lib.LoadedModel, args: argparse.Namespace
 ) -> loaded_lib.LoadedModel:
     """The model with what --lora and --tokens add; UserErrors name the flag."""
+    for path, scale in args.lora:
+        model = model.with_lora(path, scale, option="--lora")
     try:
-        flag = "--lora"
-        for path, scale in args.lora:
-            model = model.with_lora(path, scale)
-        flag = "--tokens"
         for path in args.tokens:
             model = model.with_tokens(path)
     except UserError as error:
-        raise UserError(f"{flag}: {error}") from error
+        raise UserError(f"--tokens: {error}") from error
     return model
 
 

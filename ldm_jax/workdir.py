@@ -5,10 +5,10 @@ logs/  pictures/  conditioners/NAME.safetensors  base.safetensors
 """
 
 import contextlib
-import json
 import os
 import pathlib
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,27 +21,47 @@ from ldm_jax.config import UserError
 
 
 @contextlib.contextmanager
-def whole(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def whole(path: pathlib.Path, option: str | None = None) -> Iterator[pathlib.Path]:
     """A place to write a file or a folder to, which gets its name when all is there.
 
-    Where writing fails, nothing is left.
+    Where writing fails, nothing is left. Raises UserError, which names `option` too,
+    where the system refuses.
     """
     partial = path.with_name(f".{os.getpid()}.{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        mode = _mode_of_files(partial)
         yield partial
+        _open_to_others(partial, mode)
         os.replace(partial, path)
-    except BaseException:
-        if partial.is_dir():
+    except OSError as error:
+        where = f"{option}: {path}" if option else path
+        raise UserError(f"{where} can't be written ({error}); name another") from error
+    finally:
+        if os.path.isdir(partial):
             shutil.rmtree(partial)
-        else:
-            partial.unlink(missing_ok=True)
-        raise
+        elif os.path.lexists(partial):  # unlike Path's methods, never an error
+            partial.unlink()
+
+
+def _mode_of_files(path: pathlib.Path) -> int:
+    """The mode that a new file gets there, by the process's umask."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
+
+
+def _open_to_others(path: pathlib.Path, mode: int) -> None:
+    """Gives a file, or those in a folder, `mode`: safetensors makes them private."""
+    for file in (path, *path.rglob("*.safetensors")):
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    with whole(path) as partial:
+    """Writes a run's file whole or not at all."""
+    with whole(path, "--workdir") as partial:
         partial.write_text(text)
 
 
@@ -57,13 +77,28 @@ def read_config(workdir: pathlib.Path) -> ml_collections.ConfigDict:
             f"--workdir: {workdir} holds no run (no config.json of one); give the"
             " --workdir of python -m ldm_jax.train"
         )
-    return config_lib.from_json(config_path(workdir).read_text())
+    path = config_path(workdir)
+    try:
+        return config_lib.from_json(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"--workdir: {path} is damaged ({error}); put a sound copy there"
+        ) from error
+
+
+def check_draws(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> None:
+    """Raises UserError for a run that has no diffusion model."""
+    if "diffusion" not in config:
+        raise UserError(
+            f"--workdir: {workdir} trains a first stage alone, but drawing needs a"
+            f" diffusion stage too; use it by --config.autoencoder_from={workdir}"
+        )
 
 
 def is_run(path: pathlib.Path) -> bool:
     """Whether a folder is a run; others too have a config.json."""
     file = config_path(path)
-    return file.is_file() and "stages" in json.loads(file.read_text())
+    return file.is_file() and '"stages"' in file.read_text()
 
 
 def base_path(workdir: pathlib.Path) -> pathlib.Path:

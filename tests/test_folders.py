@@ -210,4 +210,4 @@ def test_what_a_scheduler_does_besides_is_warned_of(tmp_path, options, said):
     diffusers.DDIMScheduler(**options).save_pretrained(tmp_path)
     path = tmp_path / "scheduler_config.json"
     with pytest.warns(UserWarning, match=f"its DDIM has .*{said} ours has not"):
-        whole._spacing(path, "SRC", "LDMPipeline")
+        whole._spacing(whole._read_json(path, "SRC"), "LDMPipeline")

@@ -66,6 +66,13 @@ def test_trained_factors_go_into_a_file_and_on_from_it(tmp_path):
     settings.update(dict(rank=2, targets="to_q"))
     with pytest.raises(UserError, match="conv1/kernel, which .*lora.targets leaves"):
         finetune.prepare(config, trained.model, tmp_path / "new", {}, {})
+    settings.init_from = str(tmp_path / "gone.bin")
+    gone = f"^{LORA}.init_from: {settings.init_from}: No such file"
+    with pytest.raises(UserError, match=gone):
+        finetune.prepare(config, trained.model, tmp_path / "new", {}, {})
+    settings.init_from = str(path)
+    with pytest.raises(UserError, match="^lora_file: x: no key of a LoRA"):
+        plain.with_lora({"x": np.ones(2)})
     factors, *_ = convert.import_lora(trained.model.unet, path)
     assert factors.keys() == trained.factors["unet"].keys()
 

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -175,7 +176,7 @@ def _drawn(model):
 
 def test_the_original_yaml_is_enough(tmp_path, made, monkeypatch):
     folder, model, tokenizer, tree = made
-    monkeypatch.setattr(preset_of, "shipped", lambda: iter(()))
+    monkeypatch.setattr(preset_of, "shipped", lambda *_, **__: iter(()))
     path = _write(tmp_path, tree)
     flag = f"--config.conditioners.text.tokenizer.name={tokenizer}"
     source = str(folder / "released.safetensors")
@@ -189,7 +190,7 @@ def test_the_original_yaml_is_enough(tmp_path, made, monkeypatch):
 
 def test_a_yaml_beside_the_file_is_found(tmp_path, made, capsys, monkeypatch):
     folder, model, tokenizer, tree = made
-    monkeypatch.setattr(preset_of, "shipped", lambda: iter(()))
+    monkeypatch.setattr(preset_of, "shipped", lambda *_, **__: iter(()))
     source = tmp_path / "mine.safetensors"
     source.write_bytes((folder / "released.safetensors").read_bytes())
     _write(tmp_path, tree, "mine.yaml")
@@ -228,6 +229,22 @@ def test_a_file_is_loaded_without_a_run(tmp_path, made, monkeypatch):
             "first_stage_config.params.embed_dim 3, but SRC's arrays are of",
         ),
         (dict(linear_end=0.5), "alphas_cumprod"),
+        (dict(linear_end="abc"), "has linear_end 'abc', which is no number above 0"),
+        (dict(timesteps="many"), "has timesteps 'many', which is no number above 0"),
+        (dict(scale_factor=0), "has scale_factor 0, which is no number above 0"),
+        (dict(scale_factor=0.25), "has scale_factor 0.25, but SRC's is 0.5"),
+        (
+            dict(unet_config={"params": {"num_heads": "lots"}}),
+            "the UNet is not that of --config",
+        ),
+        (
+            dict(first_stage_config={"target": "ldm.models.autoencoder.VQModel"}),
+            "of ldm.models.autoencoder.VQModel, but SRC's arrays are of a Autoenc",
+        ),
+        (
+            dict(cond_stage_config={"target": "x.FrozenCLIPEmbedder", "params": {}}),
+            "of x.FrozenCLIPEmbedder, but SRC's arrays are of a TextTransformer",
+        ),
         (dict(unet_config=None), "UNet is not told by the arrays alone (the number"),
     ],
 )
@@ -249,6 +266,81 @@ def test_what_is_no_yaml_of_a_model_is_a_line(tmp_path, text):
     path.write_text(text)
     with pytest.raises(UserError, match="--config: .*; give the YAML of"):
         original_yaml.add(whole.Whole({}), path)
+
+
+def test_a_yaml_tells_of_a_first_stage_that_is_missing(tmp_path, made):
+    folder, _, _, tree = made
+    source = released.open_source(str(folder / "released.safetensors"))
+    arrays = {k: v for k, v in source.arrays.items() if not k.startswith("first_")}
+    with pytest.raises(UserError, match="SRC: nothing in it begins with 'first_stage_"):
+        original_yaml.add(source._replace(arrays=arrays), _write(tmp_path, tree))
+
+
+def test_what_arrays_do_not_tell_may_be_set(tmp_path, made, monkeypatch):
+    folder, model, tokenizer, _ = made
+    monkeypatch.setattr(preset_of, "shipped", lambda *_, **__: iter(()))
+    ours = model.model
+    convert_main.main(
+        [
+            str(folder / "released.safetensors"),
+            str(tmp_path / "run"),
+            f"--config.conditioners.text.tokenizer.name={tokenizer}",
+            f"--config.conditioners.text.net.heads={ours.conditioners['text'].net.heads}",
+            f"--config.unet.num_head_channels={ours.unet.num_head_channels}",
+            f"--config.unet.legacy={ours.unet.legacy}",
+            f"--config.autoencoder.norm_groups={ours.autoencoder.norm_groups}",
+            f"--config.diffusion.parameterization={ours.parameterization}",
+            f"--config.resolution={model.config.resolution}",
+        ]
+    )
+    np.testing.assert_array_equal(_drawn(ldm_jax.load(tmp_path / "run")), _drawn(model))
+
+
+@pytest.mark.parametrize(
+    ("options", "source", "arrays", "kinds"),
+    [
+        ({}, dict(given="LR_image"), {}, ["low_res"]),
+        (
+            dict(num_classes=10),
+            dict(pipeline=whole.UPSCALE, noise_levels=10),
+            {},
+            ["noisy_low_res"],
+        ),
+        ({}, {}, {"cond_stage_model.channel_mapper.weight": (3, 12)}, ["semantic"]),
+    ],
+)
+def test_what_a_yaml_says_is_given(options, source, arrays, kinds):
+    net = unet.UNet(6, 32, 3, 1, (), num_heads=1, **options)
+    first = autoencoder.VQModel(embed_dim=3)
+    arrays = {key: np.zeros((*shape, 1, 1)) for key, shape in arrays.items()}
+    found = preset_of._conditions(whole.Whole(arrays, **source), net, first, None)
+    assert [section.kind for section in found.values()] == kinds
+    if arrays:
+        assert found["segmentation"].num_classes == 12
+
+
+def test_a_layout_is_no_caption():
+    net = unet.UNet(3, 32, 3, 1, (1,), num_heads=1, num_classes=None)
+    source = whole.Whole({}, given="coordinates_bbox")
+    with pytest.raises(UserError, match="it is given layouts, and how many classes"):
+        preset_of._conditions(source, net, autoencoder.VQModel(embed_dim=3), None)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, jnp.bfloat16])
+def test_a_table_may_have_been_halved(dtype):
+    """Those of released models are told apart still."""
+    for spec in (f"{runs.TXT2IMG}:sd1", f"{runs.CONFIGS}/layout2img.py:openimages256"):
+        config = config_lib.load(spec)
+        schedule, _ = model_lib.build_process(config)
+        table = schedule.alphas_cumprod.astype(dtype)
+        assert preset_of.is_table_of(schedule, table)
+        found = preset_of._process(whole.Whole({"alphas_cumprod": table}))
+        assert found["linear_end"] == config.diffusion.linear_end
+        assert found["linear_start"] == config.diffusion.linear_start
+    for wrong in (np.zeros(()), np.zeros(0), np.zeros((2, 500))):
+        assert not preset_of.is_table_of(schedule, wrong)
+        with pytest.raises(UserError, match="alphas_cumprod is of no schedule"):
+            preset_of._process(whole.Whole({"alphas_cumprod": wrong}))
 
 
 def test_a_process_is_read_off_its_table():

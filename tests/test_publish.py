@@ -17,7 +17,7 @@ from ldm_jax import convert, draw, preset_of, publish, publish_folder
 from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
-from ldm_jax.convert import towers, whole
+from ldm_jax.convert import towers, whole, write_config
 from ldm_jax.nets import autoencoder, clip_vision
 from tests import runs
 
@@ -41,6 +41,14 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     runs.untrained(folder, _config(), spread=0.1)
     return folder
+
+
+@pytest.fixture(scope="module")
+def folder(run):
+    """The run as diffusers has it; to be copied, not changed."""
+    path = run.parent / "folder"
+    publish_folder.write(ldm_jax.load(run), path)
+    return path
 
 
 def _scaled(model, mean, std):
@@ -290,8 +298,16 @@ def test_a_destination_of_no_layout_is_a_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def _lacking(part):
-    return lambda folder: shutil.rmtree(folder / part)
+def _lacking(name):
+    def change(folder):
+        path = folder / name
+        path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    return change
+
+
+def _holding(file, text):
+    return lambda folder: (folder / file).write_text(text)
 
 
 def _with(file, **changes):
@@ -303,22 +319,56 @@ def _with(file, **changes):
 
 
 PROCESS = "scheduler/scheduler_config.json"
+UNET, VAE, TEXT = (f"{part}/config.json" for part in ("unet", "vae", "text_encoder"))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (_lacking("vae"), "vae has no weights in it, though model_index.json lists"),
-        (lambda f: (f / "vae/config.json").unlink(), "vae/config.json can't be read"),
+        (_lacking("scheduler"), f"{PROCESS} is not there, though model_index.json"),
+        (_lacking(UNET), "unet/config.json is not there, though model_index.json"),
+        (_lacking(VAE), "vae/config.json is not there, though model_index.json lists"),
+        (_lacking(TEXT), "text_encoder/config.json is not there, though model_index"),
         (_with(PROCESS, beta_end=0.02), "diffusion: alphas_cumprod has 1000 values"),
         (_with(PROCESS, prediction_type="v_prediction"), "but SRC's net predicts v;"),
         (_with(PROCESS, beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"),
         (_with(PROCESS, prediction_type="flow"), "prediction_type 'flow'"),
-        (lambda f: (f / whole.INDEX).write_text("{"), "model_index.json can't be read"),
+        (_with(PROCESS, beta_schedule=["linear"]), "beta_schedule ['linear']; only"),
+        (_with(PROCESS, beta_start="x"), "beta_start 'x'; give a number above 0 and"),
+        (_with(PROCESS, beta_end=20), "beta_end 20; give a number above 0 and at most"),
+        (_with(PROCESS, num_train_timesteps="ten"), "'ten'; give a whole number"),
+        (_with(PROCESS, num_train_timesteps=9.5), "9.5; give a whole number above 0"),
+        (_with(PROCESS, trained_betas="x"), "trained_betas 'x'; give numbers above 0"),
+        (_with(PROCESS, trained_betas=[0.1, "x"]), "trained_betas [0.1, 'x']; give"),
+        (_with(VAE, scaling_factor=None), "vae/config.json has scaling_factor None;"),
+        (_with(VAE, scaling_factor=0), "scaling_factor 0; give a number above 0"),
+        (_with(VAE, scaling_factor=-1.0), "scaling_factor -1.0; give a number"),
+        (_with(VAE, scaling_factor=np.nan), "scaling_factor nan; give a number"),
+        (_with(VAE, scaling_factor=np.inf), "scaling_factor inf; give a number"),
+        (_with(VAE, scaling_factor="x"), "scaling_factor 'x'; give a number above 0"),
+        (_with(VAE, scaling_factor=True), "scaling_factor True; give a number above"),
+        (_with(VAE, shift_factor=0.1), "shift_factor 0.1; only null is computed here"),
+        (_with(VAE, latents_mean=[1, 2]), "latents_mean [1, 2]; only null is computed"),
+        (_with(VAE, latents_std=[1, 2]), "latents_std [1, 2]; only null is computed"),
+        (_with(VAE, block_out_channels=[64, 64]), "block_out_channels [64, 64]; its"),
+        (_with(UNET, block_out_channels=[64]), "block_out_channels [64]; its arrays"),
+        (_with(TEXT, num_hidden_layers=5), "num_hidden_layers 5; its arrays say 2, so"),
+        (_with(UNET, sample_size="8"), "unet/config.json has sample_size '8'; give"),
+        (_with(UNET, sample_size=[8, 16]), "sample_size [8, 16]; give one whole"),
+        (_with(UNET, sample_size=[]), "sample_size []; give one whole number"),
+        (_with(whole.INDEX, max_noise_level="x"), "max_noise_level 'x'; give a whole"),
+        (_holding(whole.INDEX, "{"), "model_index.json can't be read"),
+        (_holding(whole.INDEX, "[]"), "model_index.json holds [], which is no object"),
+        (_holding(whole.INDEX, "3"), "model_index.json holds 3, which is no object"),
+        (_holding(PROCESS, "[]"), f"{PROCESS} holds [], which is no object of"),
+        (_holding(UNET, "null"), "unet/config.json holds None, which is no object"),
     ],
 )
-def test_a_folder_that_does_not_fit_is_a_line(tmp_path, run, capsys, change, words):
-    publish_folder.write(ldm_jax.load(run), tmp_path / "folder")
+def test_a_folder_that_does_not_fit_is_a_line(
+    tmp_path, run, folder, capsys, change, words
+):
+    shutil.copytree(folder, tmp_path / "folder")
     change(tmp_path / "folder")
     spec = _spec(run, tmp_path)
     with pytest.raises(SystemExit) as stopped:
@@ -398,6 +448,8 @@ def test_towers_of_a_folder_are_found(tmp_path):
     for name, state in parts.items():
         (tmp_path / "x" / name).mkdir()
         safetensors_numpy.save_file(state, tmp_path / "x" / name / "model.safetensors")
+    config = tmp_path / "x" / "image_encoder" / "config.json"
+    config.write_text(json.dumps(write_config.clip_vision_of(tower)))
     index = dict.fromkeys(parts, ["library", "Class"]) | {"_class_name": "Some"}
     index |= {"feature_extractor": ["library", "Class"], "safety_checker": [None, None]}
     (tmp_path / "x" / whole.INDEX).write_text(json.dumps(index))
@@ -413,10 +465,12 @@ def test_towers_of_a_folder_are_found(tmp_path):
     for i, half in enumerate((keys[::2], keys[1::2])):
         state = {key: parts["image_encoder"][key] for key in half}
         safetensors_numpy.save_file(state, folder / f"{i}.safetensors")
-    listed = {key: f"{i % 2}.safetensors" for i, key in enumerate(keys)}
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"weight_map": listed})
-    )
+    listed = folder / "model.safetensors.index.json"
+    listed.write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(UserError, match="weight_map {'a': 1}; give a file's name for"):
+        whole.read_folder(tmp_path / "x", "SRC")
+    of_keys = {key: f"{i % 2}.safetensors" for i, key in enumerate(keys)}
+    listed.write_text(json.dumps({"weight_map": of_keys}))
     again = whole.read_folder(tmp_path / "x", "SRC").arrays
     assert again.keys() == found.arrays.keys()
     (tmp_path / "x" / "image_encoder").rename(tmp_path / "x" / "prior")

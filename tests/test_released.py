@@ -150,6 +150,10 @@ def test_every_block_is_compared_where_torch_is(tmp_path, made, capsys):
         (("--config.diffusion.linear_end=0.02",), {}, "diffusion: alphas_cumprod has"),
         (("--config.diffusion_stage.loss.learn_logvar=True",), {}, "SRC has no logvar"),
         (("--scale_factor=0",), {}, "--scale_factor: 0.0"),
+        (("--scale_factor=inf",), {}, "--scale_factor: inf"),
+        ((), {"scale_factor": np.array(np.nan)}, "scale_factor is nan, which multipl"),
+        ((), {"scale_factor": np.zeros(())}, "scale_factor is 0.0, which multiplies"),
+        ((), {"scale_factor": np.ones(2)}, "scale_factor is [1.0, 1.0], which"),
         (("--scale=0",), {}, "--scale=0: no such flag"),
         (
             ("--config.conditioners.text.tokenizer.train_vocab_size=99",),

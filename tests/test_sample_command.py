@@ -82,6 +82,10 @@ def test_command_adds_files_to_the_model(workdir, loaded, tmp_path, capsys):
     for flag in ("lora", "tokens"):
         err = _fails(capsys, *argv, f"--{flag}=gone.safetensors")
         assert err.startswith(f"error: --{flag}: ") and "gone.safetensors" in err
+    other = tmp_path / "other.safetensors"
+    frozen.write_params(other, {"x.lora_A.weight": rows})
+    err = _fails(capsys, *argv, f"--lora={other}:0.25")
+    assert err.startswith(f"error: --lora: {other}: x.lora_A.weight: of shape (2, 32)")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ python -m ldm_jax.convert RUN DST
 """
 
 import argparse
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -77,8 +78,9 @@ def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
         model, name = loaded.load(args.src), args.src
     else:
         parts = _released(args, rest)
-        model = released.in_memory(*parts)
-        name = f"{args.src} as {model.config.preset}"
+        name = f"{args.src} as {parts[0].preset}"
+        if destination.suffix == FILE or args.diffusers or args.check:
+            model = released.in_memory(*parts)
     if destination.suffix == FILE:
         publish.write_file(model, destination)
     elif of_run or args.diffusers:
@@ -121,7 +123,7 @@ def _released(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, ...]:
     """(config, nets, tokenizers, parts) of a released model."""
     from ldm_jax import preset_of, released
 
-    if args.scale_factor is not None and not args.scale_factor > 0:
+    if args.scale_factor is not None and not 0 < args.scale_factor < math.inf:
         raise UserError(f"--scale_factor: {args.scale_factor}; give one above 0")
     for word in rest:
         if not word.startswith("--config."):
@@ -139,6 +141,8 @@ def _released(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, ...]:
         scale_factor=args.scale_factor,
         allow_missing=args.allow_missing,
     )
+    if config.preset == preset_of.READ_OFF:
+        print(f"  scale_factor = {opened[-1].scale_factor!r}")
     return config, *opened
 
 

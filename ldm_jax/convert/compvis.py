@@ -163,7 +163,9 @@ def autoencoder_plan(net: autoencoder.Autoencoder) -> plans.Plan:
     size = 2 ** (len(net.ch_mult) - 1)
     x = jax.ShapeDtypeStruct((1, size, size, net.in_channels), jnp.float32)
     shapes = plans.abstract_params(net, x)
-    beside = r"(loss|model_ema)\..*|quantize\.used"
+    beside = r"(loss|model_ema)\..*|quantize\.used|colorize"
+    if net.give_pre_end:  # kept there without a use
+        beside += r"|decoder\.(norm|conv)_out\..*"
     return plans.Plan(list(autoencoder_rules(shapes)), shapes, beside)
 
 

@@ -10,26 +10,60 @@ import safetensors
 from ldm_jax.config import UserError
 from ldm_jax.convert import mapped, torch_archive, towers
 
+# Entries that hold the state dict of a trainer's checkpoint, the surest first.
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_PREFIXES = ("module.", "_orig_mod.")
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".th", ".ckpt")
 
 
 def read(path: pathlib.Path, option: str) -> dict[str, Any]:
-    """The state dict in a file; UserErrors name `option`.
+    """The state dict in a file, `unwrapped`; UserErrors name `option`.
 
     A trainer's checkpoint holds more than arrays: of that nothing is built. A pair of
     arrays is taken as the mean and std of embeddings, as Karlo's are.
     """
     if path.suffix == ".safetensors":
-        return read_safetensors(path, option)
+        return unwrapped(read_safetensors(path, option))
     try:
-        tree = torch_archive.load(path, "state_dict")
-    except UserError:  # no such entry, or what the next attempt says better
-        tree = torch_archive.load(path)
+        tree = _read_archive(path)
+    except UserError as error:
+        raise UserError(f"{option}: {error}") from error
     if isinstance(tree, list | tuple) and len(tree) == 2:
         tree = dict(zip(towers.STATISTICS, tree, strict=True))
     if not isinstance(tree, Mapping):
         raise UserError(f"{option}: {path} holds no dict of arrays; give another file")
-    return dict(tree)
+    return unwrapped(tree)
+
+
+def _read_archive(path: pathlib.Path) -> Any:
+    try:
+        return torch_archive.load(path, WRAPPERS)
+    except torch_archive.NoEntryError:
+        return torch_archive.load(path)
+
+
+def unwrapped(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without what trainers have put around it, and before all its keys.
+
+    That is an entry of `WRAPPERS` with arrays in it; DDP's and torch.compile's prefix.
+    """
+    tree = dict(tree)
+    while inner := next((tree[k] for k in WRAPPERS if _has_arrays(tree.get(k))), None):
+        tree = dict(inner)
+    while prefix := next((p for p in _PREFIXES if _is_before_all(p, tree)), None):
+        tree = {key.removeprefix(prefix): value for key, value in tree.items()}
+    return tree
+
+
+def _has_arrays(entry: Any) -> bool:
+    if not isinstance(entry, Mapping):
+        return False
+    return any(hasattr(value, "shape") for value in entry.values())
+
+
+def _is_before_all(prefix: str, tree: Mapping[str, Any]) -> bool:
+    names = [isinstance(key, str) and key.startswith(prefix) for key in tree]
+    return bool(names) and all(names)
 
 
 def read_safetensors(path: pathlib.Path, option: str) -> dict[str, np.ndarray]:

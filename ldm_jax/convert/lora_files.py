@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 import flax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 
@@ -52,6 +53,25 @@ _TEXT = re.compile(
 _SECOND = ("text_encoder_2.", "lora_te2_")
 
 Net = unet_lib.UNet | text_encoder.CLIPTextTransformer
+
+
+class Lora(NamedTuple):
+    """What a LoRA's file or state dict holds: arrays, and PEFT's config as written."""
+
+    state: Mapping[str, Any]
+    told: Mapping[str, Any] = {}
+    path: pathlib.Path | None = None
+
+    @property
+    def nets(self) -> set[str]:
+        """Which of "unet", "text_encoder" and "text_encoder_2" it has factors of."""
+
+        def net_of(key):
+            if key.startswith(_SECOND):
+                return "text_encoder_2"
+            return "text_encoder" if _TEXT.match(key) else "unet"
+
+        return {net_of(key) for key in self.state}
 
 
 class _Module(NamedTuple):
@@ -109,16 +129,31 @@ def import_lora(
     or without `unet.`, kohya's (`lora_unet_…`, `lora_te_…`, of either naming of
     blocks), and the folder that PEFT's `save_pretrained` makes of a net
     (`base_model.model.…`). What it has of the other kind of net is left alone, see
-    `nets_of`. An alpha that is neither among the keys nor in a file's metadata is the
+    `Lora.nets`. An alpha that is neither among the keys nor in a file's metadata is the
     rank. Modules that differ get zeros up to the highest rank and, if their scales do,
     these go into b; else every number is kept. UserError in one line for other keys and
-    wrong shapes, and for DoRA, LoHa and others that are not the product of two factors.
+    wrong shapes, what is no number, and for DoRA, LoHa and others that are not the
+    product of two factors.
     """
-    state, metadata = _read(state_dict_or_path, net)
+    option = "state_dict_or_path"
+    return factors_of(net, read(state_dict_or_path, option), option)
+
+
+def factors_of(net: Net, lora: Lora, option: str) -> tuple[dict[str, Any], int, float]:
+    """`import_lora` of what was read; UserErrors name `option`."""
+    try:
+        return _factors_of(net, lora)
+    except UserError as error:
+        where = f"{option}: {lora.path}" if lora.path else option
+        raise UserError(f"{where}: {error}") from error
+
+
+def _factors_of(net: Net, lora: Lora) -> tuple[dict[str, Any], int, float]:
+    metadata = _config_of(net, lora.told)
     modules = _known(net)
     found: dict[str, dict[str, np.ndarray]] = {}
     named: dict[str, _Module] = {}
-    for key, value in state.items():
+    for key, value in lora.state.items():
         if key.startswith(_SECOND) or bool(_TEXT.match(key)) != _is_text(net):
             continue
         name, part = _parsed(key)
@@ -129,14 +164,12 @@ def import_lora(
                 " module; give a LoRA of this net's kind"
             )
         named[name] = module
-        value = np.asarray(value)
-        if part != "alpha" and not np.issubdtype(value.dtype, np.floating):
-            raise UserError(f"{key}: of {value.dtype}; give floats")
-        value = value if part == "alpha" else value.astype(np.float32)
+        value = networks.as_array(value)
+        value = value if part == "alpha" else _factor(key, value)
         found.setdefault(name, {})[part] = value
     if not found:
         what = _called(net).replace("the ", "a ")
-        raise UserError(f"state_dict_or_path: it has no factors of {what}; give a LoRA")
+        raise UserError(f"it has no factors of {what}; give a LoRA")
     kernels: dict[str, list[tuple]] = {}
     shapes = _plans(net)[0].shapes
     for name, parts in found.items():
@@ -233,62 +266,81 @@ def _pairs(factors: Mapping[str, Any]) -> dict[str, tuple[np.ndarray, np.ndarray
     return {path: (flat[f"{path}/a"], flat[f"{path}/b"]) for path in paths}
 
 
+def _factor(key: str, value: np.ndarray) -> np.ndarray:
+    if not jnp.issubdtype(value.dtype, jnp.floating):  # knows bfloat16 too
+        raise UserError(f"{key}: of {value.dtype}; give floats")
+    factor = value.astype(np.float32)
+    try:
+        plans._check_finite(key, value, factor)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return factor
+
+
 # --- what a file has
 
 
-def nets_of(source: Mapping[str, Any] | str | os.PathLike) -> set[str]:
-    """Which of "unet", "text_encoder" and "text_encoder_2" it has factors of."""
-
-    def net_of(key):
-        if key.startswith(_SECOND):
-            return "text_encoder_2"
-        return "text_encoder" if _TEXT.match(key) else "unet"
-
-    return {net_of(key) for key in _arrays(source)[0]}
-
-
-def _arrays(source) -> tuple[Mapping[str, Any], pathlib.Path | None]:
-    """(the arrays, their file)"""
+def read(source: Mapping[str, Any] | str | os.PathLike, option: str) -> Lora:
+    """A LoRA's file, the folder of PEFT or a state dict; UserErrors name `option`."""
     if not isinstance(source, str | os.PathLike):
-        return source, None
-    path = _file(pathlib.Path(source).expanduser())
-    return files.read(path, "state_dict_or_path"), path
-
-
-def _read(source, net: Net) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays, and what the metadata of a file tell of PEFT's config."""
-    metadata = {}
-    arrays, path = _arrays(source)
-    if path is not None:
-        beside, told, where = path.with_name(_FOLDER_CONFIG), "{}", path
+        return Lora(files.unwrapped(source))
+    path = _file(pathlib.Path(source).expanduser(), option)
+    state = files.read(path, option)
+    beside, told, where = path.with_name(_FOLDER_CONFIG), None, path
+    try:
         if path.name in _FOLDER and beside.is_file():
             told, where = beside.read_text(), beside
         elif path.suffix == ".safetensors":
             with safetensors.safe_open(path, "np") as file:
-                told = (file.metadata() or {}).get(METADATA, told)
-        try:
-            metadata = json.loads(told)
-        except ValueError as error:
-            raise UserError(
-                f"state_dict_or_path: what {where} says of its config is no JSON"
-                f" ({error}); save it anew"
-            ) from error
-        own = "text_encoder." if _is_text(net) else "unet."
-        metadata = {k.removeprefix(own): v for k, v in metadata.items()}
-    return {k: networks.as_array(v) for k, v in arrays.items()}, metadata
+                told = (file.metadata() or {}).get(METADATA)
+        config = json.loads(told or "{}")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{option}: what {where} says of its config is no JSON ({error}); save it"
+            " anew"
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(
+            f"{option}: {where} says {told!r:.60} of its config, which is no dict; save"
+            " it anew"
+        )
+    scaled = told is not None or any(key.endswith(".alpha") for key in state)
+    if path.name in _FOLDER and not scaled:
+        raise UserError(
+            f"{option}: {path} has no {_FOLDER_CONFIG} beside it, which says how"
+            " strongly its factors are added; give the whole folder of PEFT's"
+            " save_pretrained"
+        )
+    return Lora(state, config, path)
 
 
-def _file(path: pathlib.Path) -> pathlib.Path:
+def _file(path: pathlib.Path, option: str) -> pathlib.Path:
     """The file of factors in a folder of PEFT, or the path as it is."""
     if not path.is_dir():
         return path
     found = [path / name for name in _FOLDER if (path / name).is_file()]
     if not found:
         raise UserError(
-            f"state_dict_or_path: {path} has no {' or '.join(_FOLDER)}; give a LoRA's"
-            " file, or the folder of PEFT's save_pretrained"
+            f"{option}: {path} has no {' or '.join(_FOLDER)}; give a LoRA's file, or"
+            " the folder of PEFT's save_pretrained"
         )
     return found[0]
+
+
+def _config_of(net: Net, told: Mapping[str, Any]) -> dict[str, Any]:
+    """PEFT's config of a net, in which the numbers are numbers."""
+    own = "text_encoder." if _is_text(net) else "unet."
+    config = {key.removeprefix(own): value for key, value in told.items()}
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"its config has alpha_pattern {patterns!r:.60}; give a dict")
+    alphas = {f"alpha_pattern.{key}": value for key, value in patterns.items()}
+    if config.get("lora_alpha") is not None:
+        alphas["lora_alpha"] = config["lora_alpha"]
+    for field, value in alphas.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise UserError(f"its config has {field} {value!r:.60}; give a number")
+    return config | {"alpha_pattern": patterns}
 
 
 def _entry(
@@ -337,8 +389,9 @@ def _entry(
 
 def _alpha(key: str, rank: int, metadata: Mapping[str, Any]) -> float:
     """PEFT's alpha of a module; a file without metadata has the rank."""
-    alpha = metadata.get("lora_alpha", rank)
-    for pattern, value in metadata.get("alpha_pattern", {}).items():
+    alpha = metadata.get("lora_alpha")
+    alpha = rank if alpha is None else alpha
+    for pattern, value in metadata["alpha_pattern"].items():
         if re.match(rf"(.*\.)?({pattern})$", key):  # as PEFT looks it up
             alpha = value
             break

@@ -76,7 +76,13 @@ def _read(state_dict, config):
     config = _plain_config(config or {})
     kind, layout, state = recognise.recognise(state_dict, config)
     layout, state = _tidied(kind, layout, state, config)
-    return _module(kind, layout, state, config), layout, state
+    try:
+        return _module(kind, layout, state, config), layout, state
+    except (TypeError, ValueError) as error:
+        words = str(error).splitlines()[0]
+        raise UserError(
+            f"config: no {kind} can have these options ({words}); mend them"
+        ) from error
 
 
 def params_of(
@@ -111,10 +117,10 @@ def _converted(
     state: Mapping[str, Any],
     place: plans.Place = lambda path, x: x,
 ) -> dict[str, Any]:
-    plan = plan_of(net, layout, state)
     try:
+        plan = plan_of(net, layout, state)
         return plans.convert(state, plan, place=place)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # as flax says what options can't be
         raise UserError(f"{type(net).__name__}, layout {layout}: {error}") from error
 
 
@@ -152,7 +158,7 @@ def export_network(
 def _state_dict(source) -> dict[str, np.ndarray]:
     if isinstance(source, str | os.PathLike):
         source = files.read(pathlib.Path(source).expanduser(), "state_dict_or_path")
-    source = source.get("state_dict", source)
+    source = files.unwrapped(source)
     return {key: as_array(value) for key, value in source.items() if _is_array(value)}
 
 

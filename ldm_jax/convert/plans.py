@@ -21,6 +21,10 @@ from ldm_jax.convert import mapped
 Place = Callable[[str, np.ndarray], Any]
 
 
+class UnsoundError(ValueError):
+    """An array that holds what is no number."""
+
+
 class Layout(NamedTuple):
     """How torch stores an array: both directions, inverse to each other."""
 
@@ -116,8 +120,8 @@ def convert(
 
     Raises ValueError that lists, in three groups, the keys which are missing, have
     another shape than the net, or are left over and not `plan.beside`; and says what
-    the likely cause is. That is before anything is read; after that, what is infinite
-    or NaN is one too.
+    the likely cause is. That is before anything is read; after that, UnsoundError for
+    what is infinite or NaN.
     """
     unused, missing, misshaped, found = set(state_dict), [], [], []
     for rule in plan.rules:
@@ -167,13 +171,13 @@ def _shape_here(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _check_finite(key: str, given: np.ndarray, value: np.ndarray) -> None:
-    """Raises ValueError for what is not a number, which half precision may hold."""
+    """Raises UnsoundError for what is no number, which half precision may hold."""
     # A sum is quick, and finite numbers whose sum is not are looked at again.
     with np.errstate(over="ignore", invalid="ignore"):
         if np.isfinite(np.sum(value)) or np.all(np.isfinite(value)):
             return
     count = np.count_nonzero(~np.isfinite(value))
-    raise ValueError(
+    raise UnsoundError(
         f"{key} ({given.dtype}) has {count} of {value.size} numbers that are infinite"
         " or NaN; take a sound file, in float32 if this was made by halving one"
     )
@@ -219,10 +223,11 @@ def revert(params: Mapping[str, Any], rules: Iterable[Rule]) -> dict[str, np.nda
         index = rule.part[0] if rule.part else 0
         parts.setdefault(rule.key, {})[index] = rule.layout.to_torch(value)
     return {
-        key: np.ascontiguousarray(
+        key: np.asarray(  # contiguous; ascontiguousarray would give numbers an axis
             group[0]
             if len(group) == 1
-            else np.concatenate([group[i] for i in sorted(group)])
+            else np.concatenate([group[i] for i in sorted(group)]),
+            order="C",
         )
         for key, group in parts.items()
     }

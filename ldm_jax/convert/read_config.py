@@ -19,6 +19,7 @@ from typing import Any
 from ldm_jax.config import UserError
 from ldm_jax.convert import diffusers, text_encoders
 from ldm_jax.convert import prior as prior_keys
+from ldm_jax.convert.read_unet import frozen
 from ldm_jax.nets import (
     autoencoder,
     clip_vision,
@@ -180,11 +181,7 @@ def autoencoder_of(shapes: Shapes, config: Config) -> autoencoder.Autoencoder:
 
 def _fields(config: Config, cls: type) -> dict[str, Any]:
     names = cls.__dataclass_fields__.keys() - {"name", "parent", "dtype"}
-    return {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in config.items()
-        if key in names
-    }
+    return {key: frozen(value) for key, value in config.items() if key in names}
 
 
 def shapes_in_compvis(kind: str, shapes: Shapes) -> Shapes:
@@ -266,7 +263,7 @@ def clip_text_of(
     shapes: Shapes, config: Config, layout: str
 ) -> text_encoder.CLIPTextTransformer:
     """A CLIP text tower in the layout of "huggingface" or "openclip"."""
-    config = config.get("text_config") or config.get("text_cfg") or config
+    config = _of_tower(config, "text")
     if layout == "huggingface":
         start = "text_model.embeddings"
         vocabulary, dim = _shape(shapes, f"{start}.token_embedding.weight")
@@ -285,6 +282,14 @@ def clip_text_of(
         activation=_activation(config, layout, openai=dim in (512, 768)),
         **{k: config[k] for k in ("layer", "final_norm") if k in config},
     )
+
+
+def _of_tower(config: Config, name: str) -> Config:
+    """The part of a whole CLIP's config; OpenCLIP's has its activation beside them."""
+    own = config.get(f"{name}_config") or config.get(f"{name}_cfg")
+    if own is None:
+        return config
+    return {k: config[k] for k in ("quick_gelu",) if k in config} | dict(own)
 
 
 def _heads(config: Config, dim: int, guess: int | None = None) -> int:
@@ -317,7 +322,7 @@ def clip_vision_of(
     shapes: Shapes, config: Config, layout: str
 ) -> clip_vision.CLIPVisionTransformer:
     """A CLIP picture tower in the layout of "huggingface" or "openclip"."""
-    config = config.get("vision_config") or config.get("vision_cfg") or config
+    config = _of_tower(config, "vision")
     if layout == "huggingface":
         start = "vision_model.embeddings"
         patches = _shape(shapes, f"{start}.patch_embedding.weight")

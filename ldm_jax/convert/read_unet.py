@@ -29,6 +29,10 @@ def unet_of(shapes: Shapes, config: Mapping[str, Any]) -> unet.UNet:
     if "id_predictor.1.weight" in shapes:
         options["n_embed"] = shapes["id_predictor.1.weight"][0]
     options |= _given(config, unet.UNet)
+    dims = options.get("context_dim")
+    if isinstance(dims, tuple) and "sequential_crossattn" not in config:
+        # The original's list of equal widths takes one context for all blocks.
+        options["context_dim"] = _one_if_same(dims)
     if options.get("num_heads") is None and options.get("num_head_channels") is None:
         options |= _guessed_heads(options, shapes)
     return unet.UNet(**options)
@@ -38,7 +42,8 @@ def classifier_of(
     shapes: Shapes, config: Mapping[str, Any]
 ) -> encoder_unet.EncoderUNet:
     """The classifier whose arrays have these shapes; `config` says what they can't."""
-    options = _trunk(shapes)
+    given = _given(config, encoder_unet.EncoderUNet)
+    options = _trunk(shapes, given)
     options.pop("num_attention_blocks", None)
     options.pop("disable_middle_transformer", None)
     options.pop("dims", None)
@@ -58,12 +63,13 @@ def classifier_of(
             "pool": "adaptive",
             "out_channels": _shape(shapes, "out.3.weight")[0],
         }
-    given = _given(config, encoder_unet.EncoderUNet)
     if options["pool"] != "attention":
         given.pop("image_size", None)
     options |= given
     if not {"num_heads", "num_head_channels"} & given.keys():
-        raise UserError(_NO_HEADS)
+        if "model_channels" not in given:
+            raise UserError(_NO_HEADS)
+        options["num_heads"] = 1  # the original's default, where its arguments are all
     return encoder_unet.EncoderUNet(**options)
 
 
@@ -73,18 +79,20 @@ _NO_HEADS = (
 )
 
 
+def frozen(value: Any) -> Any:
+    """A list as the tuple that a module's field can be; OmegaConf's lists too."""
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return tuple(frozen(entry) for entry in value) if is_list else value
+
+
 def _given(config: Mapping[str, Any], cls: type) -> dict[str, Any]:
     """The fields of `cls` that `config` has; -1 means not given, as in the original."""
     fields = cls.__dataclass_fields__.keys() - {"name", "parent", "dtype"}
-    given = {key: _frozen(config[key]) for key in config if key in fields}
+    given = {key: frozen(config[key]) for key in config if key in fields}
     for key in ("num_heads", "num_head_channels", "num_heads_upsample"):
         if given.get(key) == -1:
             del given[key]
     return given
-
-
-def _frozen(value):
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
@@ -93,12 +101,12 @@ def _shape(shapes: Shapes, key: str) -> tuple[int, ...]:
     return shapes[key]
 
 
-def _trunk(shapes: Shapes) -> dict[str, Any]:
-    """Options that show in the blocks on the way down and in the middle."""
+def _trunk(shapes: Shapes, given: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """Options that show in the blocks; `given` are those that the config has."""
     first = _shape(shapes, "input_blocks.0.0.weight")
     blocks = _numbered(shapes, "input_blocks")
     updown = _resamples_in_blocks(shapes, blocks)
-    ends = _ends_of_levels(shapes, blocks, updown)
+    ends = _ends_of_levels(shapes, blocks, updown, given)
     levels = _split(range(1, max(blocks) + 1), ends)
     mults, depths, attended = [], [], []
     for level in levels:
@@ -123,11 +131,26 @@ def _trunk(shapes: Shapes) -> dict[str, Any]:
         "resblock_updown": updown,
         "conv_resample": updown or not ends or any(n in blocks for n in ends),
     }
-    if any(k not in (0, d) for k, d in zip(attended, depths, strict=True)):
+    in_part = any(k not in (0, d) for k, d in zip(attended, depths, strict=True))
+    if in_part or _counts_up(shapes, depths, attended):
         options["num_attention_blocks"] = tuple(attended)
     if "middle_block.1.norm.weight" not in shapes:
         options["disable_middle_transformer"] = True
     return options
+
+
+def _counts_up(shapes: Shapes, depths: list[int], attended: list[int]) -> bool:
+    """Whether a level's last block on the way up has no attention, one before it has.
+
+    So it is where the number of attended blocks was given, even if that is all of them.
+    """
+    last = -1
+    for depth, count in zip(reversed(depths), reversed(attended), strict=True):
+        last += depth + 1
+        there = f"output_blocks.{last}.0.in_layers.0.weight" in shapes
+        if count and there and f"output_blocks.{last}.1.norm.weight" not in shapes:
+            return True
+    return False
 
 
 def _numbered(shapes: Shapes, start: str) -> set[int]:
@@ -154,7 +177,9 @@ def _resamples_in_blocks(shapes: Shapes, blocks: set[int]) -> bool:
     return not plain and blocks == set(range(max(blocks) + 1)) and max(blocks) > 1
 
 
-def _ends_of_levels(shapes: Shapes, blocks: set[int], updown: bool) -> list[int]:
+def _ends_of_levels(
+    shapes: Shapes, blocks: set[int], updown: bool, given: Mapping[str, Any]
+) -> list[int]:
     """Which input blocks halve the size."""
     if not updown:
         return [
@@ -163,6 +188,9 @@ def _ends_of_levels(shapes: Shapes, blocks: set[int], updown: bool) -> list[int]
             if n not in blocks or f"input_blocks.{n}.0.op.weight" in shapes
         ]
     outputs = sorted(_numbered(shapes, "output_blocks"))
+    if not outputs and {"channel_mult", "num_res_blocks"} <= given.keys():
+        step = given["num_res_blocks"] + 1
+        return list(range(step, step * len(given["channel_mult"]), step))
     if not outputs:
         return _ends_of_equal_levels(shapes, len(blocks))
     doubles = [
@@ -240,6 +268,8 @@ def _transformers(shapes: Shapes) -> dict[str, Any]:
         "sequential_crossattn": len(set(dims)) > 1,
         "use_linear_in_transformer": len(proj) == 2,
     }
+    if per_level[-1] != last:
+        options["transformer_depth_middle"] = last
     if any(disabled):
         options["disable_self_attentions"] = tuple(disabled)
     if _sees_context_only(shapes, "middle_block.1"):

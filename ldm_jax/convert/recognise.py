@@ -27,7 +27,7 @@ class _Sign(NamedTuple):
 
 
 _SIGNS = (
-    _Sign("unet", "compvis", "input_blocks.0.0.weight", also="output_blocks.0.0."),
+    _Sign("unet", "compvis", "input_blocks.0.0.weight", also="output_blocks."),
     _Sign("classifier", "compvis", "input_blocks.0.0.weight", absent="output_blocks."),
     _Sign("unet", "diffusers", "time_embedding.linear_1.weight", also="conv_in."),
     _Sign("prior", "diffusers", "proj_to_clip_embeddings.weight"),
@@ -64,6 +64,8 @@ _SIGNS = (
     _Sign("class_embedder", "compvis", "embedding.weight"),
     _Sign("rescaler", "compvis", "channel_mapper.weight"),
 )
+# Arguments of a rescaler alone, which needs no arrays.
+_RESCALED = {"n_stages", "multiplier", "method"}
 # What a trainer wraps around a network, and a checkpoint calls it.
 _PREFIX = re.compile(
     r"(module\.|_orig_mod\.)*"
@@ -100,9 +102,11 @@ def recognise(
     dict without arrays is a rescaler's. UserError where it is no network known here,
     or more than one.
     """
-    if not state_dict and config is not None and "n_stages" in config:
+    if not state_dict and config is not None and _RESCALED & config.keys():
         return Recognised("rescaler", "compvis", {})
     found = _found(state_dict)
+    # The nets of a first stage's loss lie beside it in its own checkpoint.
+    found = [pair for pair in found if not pair[1].startswith("loss.")] or found
     if {sign.kind for sign, _ in found} == {"clip_text", "clip_vision"}:
         wanted = "clip_vision" if _of_pictures(config) else "clip_text"
         found = [(sign, prefix) for sign, prefix in found if sign.kind == wanted]

@@ -17,7 +17,7 @@ import pickletools
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import ml_dtypes  # noqa: F401  gives numpy the names bfloat16 and float8_*
@@ -72,6 +72,10 @@ _DAMAGE = (
 )
 
 
+class NoEntryError(UserError):
+    """A sound file that lacks the entry which was asked for."""
+
+
 class _Refused(Exception):
     """What a file holds that no file of tensors needs."""
 
@@ -94,21 +98,22 @@ class _Storage:
 _FindStorage = Callable[[str, np.dtype, int], _Storage | None]
 
 
-def load(path: str | pathlib.Path, keep: str | None = None) -> Any:
+def load(path: str | pathlib.Path, keep: str | Sequence[str] | None = None) -> Any:
     """What a .pth, .pt or .ckpt file holds: dicts, lists, tuples, numbers and arrays.
 
     Arrays are read-only views of the file, which is read where they are (those of a
     compressed archive are unpacked). Tensors that share storage share memory. `keep`
-    takes one entry of the outermost dict; the others may then hold whatever a trainer
-    left there, of which nothing is built. Raises UserError in one line where the file
-    is damaged or would need code to be run.
+    takes one entry of the outermost dict, the first of several names that is there; the
+    others may then hold whatever a trainer left, of which nothing is built. Raises
+    UserError in one line where the file is damaged or would need code to be run,
+    NoEntryError where it has no such entry.
     """
     path = pathlib.Path(path)
     try:
         with path.open("rb") as file:
             tree = _load(file, lenient=keep is not None)
         if keep is not None:
-            tree = _entry(path, tree, keep)
+            tree = _entry(path, tree, [keep] if isinstance(keep, str) else keep)
         _check_plain(tree)
     except _Refused as error:
         raise UserError(
@@ -136,14 +141,16 @@ def _load(file: BinaryIO, lenient: bool) -> Any:
     return _load_legacy(data, lenient)
 
 
-def _entry(path: pathlib.Path, tree: Any, key: str) -> Any:
+def _entry(path: pathlib.Path, tree: Any, keys: Sequence[str]) -> Any:
     if not isinstance(tree, dict):
-        raise UserError(f"{path}: holds no dict; load all of it")
-    if key not in tree:
-        raise UserError(
-            f"{path}: no entry {key!r}; name one of {list(tree)[:9]!r:.200}"
-        )
-    return tree[key]
+        raise NoEntryError(f"{path}: holds no dict; load all of it")
+    for key in keys:
+        if key in tree:
+            return tree[key]
+    raise NoEntryError(
+        f"{path}: no entry {' or '.join(map(repr, keys))}; name one of"
+        f" {list(tree)[:9]!r:.200}"
+    )
 
 
 def _check_plain(tree: Any) -> None:

@@ -1,5 +1,6 @@
 """Any conditioning net's params from a state dict, whose layout its keys tell."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -132,7 +133,9 @@ def class_embedder_plan(net: embedders.ClassEmbedder) -> plans.Plan:
 
 def rescaler_plan(net: embedders.SpatialRescaler, channels: int) -> plans.Plan:
     """The plan of a spatial rescaler of maps of so many channels."""
-    side = max(1, round(net.multiplier**-net.n_stages))
+    side = 1  # at the end; each stage rounds down
+    for _ in range(net.n_stages):
+        side = math.ceil(side / net.multiplier)
     x = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     shapes = plans.abstract_params(net, x) if net.out_channels is not None else {}
     rules = [  # a 1x1 convolution there

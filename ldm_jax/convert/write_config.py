@@ -135,6 +135,8 @@ def _faults_of_unet(net: unet.UNet, attended: Sequence[bool]) -> dict[str, str]:
     }
     if net.use_spatial_transformer:
         found |= {
+            "transformer_depth_middle": net.transformer_depth_middle is not None
+            and "has a middle as deep as the last level",
             "context_dim": not isinstance(net.context_dim, int)
             and "has one context for all blocks",
             "resblock_updown": net.resblock_updown

@@ -9,7 +9,12 @@ from ldm_jax.nets import layers
 
 
 def resize(
-    x: jax.Array, size: tuple[int, int], method: str, *, corners: bool = False
+    x: jax.Array,
+    size: tuple[int, int],
+    method: str,
+    *,
+    corners: bool = False,
+    scale: float | None = None,
 ) -> jax.Array:
     """[b, h, w, c] to [b, *size, c] in float32, as torch; see `resample`.
 
@@ -17,7 +22,9 @@ def resize(
     see other pictures.
     """
     rows, columns = (
-        jnp.asarray(resample.matrix(n, m, method, corners=corners), jnp.float32)
+        jnp.asarray(
+            resample.matrix(n, m, method, corners=corners, scale=scale), jnp.float32
+        )
         for n, m in zip(x.shape[1:3], size, strict=True)
     )
     # With weights in bfloat16 an even surface would come out in steps.
@@ -70,7 +77,8 @@ class SpatialRescaler(nn.Module):
         del deterministic
         for _ in range(self.n_stages):
             h, w = (int(side * self.multiplier) for side in x.shape[1:3])
-            x = resize(x, (h, w), self.method)
+            scale = None if self.method == "adaptive" else 1 / self.multiplier
+            x = resize(x, (h, w), self.method, scale=scale)
         if self.out_channels is not None:
             mapper = layers.Dense(
                 self.out_channels, use_bias=self.bias, name="channel_mapper"

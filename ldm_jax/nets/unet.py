@@ -51,6 +51,7 @@ class UNet(nn.Module):
     use_spatial_transformer: bool = False
     added_kv: bool = False
     transformer_depth: int | Sequence[int] = 1
+    transformer_depth_middle: int | None = None  # None: the last level's
     context_dim: int | Sequence[int] | None = None
     sequential_crossattn: bool = False  # context is a list, one array a block
     n_embed: int | None = None
@@ -183,8 +184,14 @@ class UNet(nn.Module):
             )
         return values
 
+    def _transformer_depths(self) -> tuple[int, ...]:
+        """Of each level, and of the middle."""
+        depths = self._of_levels("transformer_depth")
+        middle = self.transformer_depth_middle
+        return *depths, depths[-1] if middle is None else middle
+
     def _context_dims(self) -> tuple[int, ...]:
-        blocks = max(self._of_levels("transformer_depth"))
+        blocks = max(self._transformer_depths())
         dims = self.context_dim
         return (dims,) * blocks if isinstance(dims, int) else tuple(dims)
 
@@ -314,7 +321,7 @@ class UNet(nn.Module):
         else:
             disabled = bool(self.disable_self_attentions)
             disabled = disabled and self.disable_self_attentions[level]
-        depth = self._of_levels("transformer_depth")[level]
+        depth = self._transformer_depths()[-1 if middle else level]
         block = attention.SpatialTransformer(
             heads, dim_head, depth, disabled, self.remat, self.dtype, name=name
         )

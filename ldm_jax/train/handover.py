@@ -25,16 +25,18 @@ def adopt_config(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> No
     Raises UserError where there is no such run, or its first stage isn't finished.
     """
     run = origin.run_of(config, "autoencoder_from")
+    of_both = config.autoencoder_from == config.get("init_from")
+    field = "init_from" if of_both else "autoencoder_from"
     if checkpoint.Checkpoints(workdir / "autoencoder").finished():
         run = workdir  # copied before; the other run may be gone
     elif not workdir_lib.is_run(run):
         raise UserError(
-            f"autoencoder_from: {run} holds no run (no config.json); give the --workdir"
+            f"{field}: {run} holds no run (no config.json); give the --workdir"
             " of one that has trained an autoencoder"
         )
     elif not checkpoint.Checkpoints(run / "autoencoder").finished():
         raise UserError(
-            f"autoencoder_from: the autoencoder of {run} is not finished; train it to"
+            f"{field}: the autoencoder of {run} is not finished; train it to"
             " its end first"
         )
     config.autoencoder = workdir_lib.read_config(run).autoencoder

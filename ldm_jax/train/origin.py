@@ -66,6 +66,10 @@ def make(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
                 f"{field}: {source}: {error}; or make a run of it with python -m"
                 " ldm_jax.convert, and give that"
             ) from error
+        if stage not in theirs.stages:
+            raise UserError(
+                f"{field}: {source} is a first stage alone; give it as autoencoder_from"
+            )
         released.write(run, theirs, *opened)
 
 
@@ -82,7 +86,7 @@ def _open(config, source):
     except UserError:
         predicts = config.diffusion.parameterization
         whole, theirs = released.settle(source, predicts=predicts)
-    for name, section in theirs.conditioners.items():
+    for name, section in theirs.get("conditioners", {}).items():
         ours = config.conditioners.get(name, {})
         if "tokenizer" in section and "tokenizer" in ours:
             section.tokenizer = ours.tokenizer

@@ -84,6 +84,18 @@ def test_a_whole_clip_is_a_text_tower_unless_the_config_is_of_pictures():
     assert isinstance(net, clip_vision.CLIPVisionTransformer)
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_openclip_has_the_activation_beside_its_towers(quick):
+    config = transformers.CLIPTextConfig(**SMALL)
+    net, variables = convert.import_network(
+        _state(transformers.CLIPTextModel(config)), config.to_dict()
+    )
+    state = convert.export_network(net, variables, "openclip")
+    given = {"embed_dim": 24, "quick_gelu": quick, "text_cfg": {"heads": 4}}
+    again, _ = convert.import_network(state, given)
+    assert again.activation == ("quick_gelu" if quick else "gelu") and again.heads == 4
+
+
 def test_the_heads_of_an_odd_tower_are_asked_for():
     config = transformers.CLIPTextConfig(**SMALL | dict(hidden_size=48))
     with pytest.raises(UserError, match="number of heads"):

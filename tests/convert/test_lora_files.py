@@ -253,9 +253,9 @@ def test_factors_of_a_text_tower_come_back_beside_those_of_a_unet(layer):
         ".self_attn.out_proj",
         ".mlp.fc1",
     }
-    assert lora_files.nets_of(written) == {"text_encoder"}
+    assert lora_files.read(written, "x").nets == {"text_encoder"}
     both = state | written
-    assert lora_files.nets_of(both) == {"unet", "text_encoder"}
+    assert lora_files.read(both, "x").nets == {"unet", "text_encoder"}
     _same(factors, convert.import_lora(net, both)[0])
     layers = {"A": "down", "B": "up"}
 
@@ -283,7 +283,7 @@ def test_factors_of_a_text_tower_come_back_beside_those_of_a_unet(layer):
         convert.import_lora(tower, state)
     wrong = {key.replace("layers.0", "layers.9"): x for key, x in written.items()}
     with pytest.raises(
-        UserError, match="^text_.*layers.9.* text encoder has no such m"
+        UserError, match="^state.*: text_.*layers.9.* text encoder has no such m"
     ):
         convert.import_lora(tower, wrong)
 
@@ -291,6 +291,14 @@ def test_factors_of_a_text_tower_come_back_beside_those_of_a_unet(layer):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (
+            {f"unet.{Q}.lora_B.weight": np.full((32, 2), np.nan)},
+            r"lora_B.weight \(float64\) has 64 of 64 numbers that are infinite or NaN",
+        ),
+        (
+            {f"unet.{Q}.lora_A.weight": np.full((2, 32), np.inf, np.float16)},
+            r"lora_A.weight \(float16\) has 64 of 64 numbers that are infinite or NaN",
+        ),
         ({f"{Q}.lora_mid.weight": np.ones((2, 2))}, "lora_mid.weight: it is of LoCon"),
         ({f"{Q}.lora_magnitude_vector": np.ones(2)}, "it is of DoRA, .* merge it into"),
         ({f"lora_unet_{Q}.dora_scale": np.ones(2)}, "it is of DoRA"),
@@ -312,9 +320,61 @@ def test_bad_files_are_told_in_one_line(change, words):
     net = _unet()
     factors = _factors(net, 2, "down_0_attn_0/block_0/attn1/to_q")
     state = convert.export_lora(net, factors, 2, 2)
-    with pytest.raises(UserError, match=words) as error:
+    with pytest.raises(UserError, match=f"^state_dict_or_path: .*{words}") as error:
         convert.import_lora(net, state | change)
     assert "\n" not in str(error.value)
+
+
+def _peft(folder, state, config):
+    """A folder as PEFT saves it; `config` is the text of its config, or None."""
+    folder.mkdir()
+    named = {"base_model.model." + k.removeprefix("unet."): x for k, x in state.items()}
+    safetensors_numpy.save_file(named, folder / "adapter_model.safetensors")
+    if config is not None:
+        (folder / "adapter_config.json").write_text(config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (None, "adapter_model.safetensors has no adapter_config.json beside it, which"),
+        ("{", "adapter_config.json says of its config is no JSON"),
+        ("[]", r"adapter_config.json says '\[\]' of its config, which is no dict"),
+        ('{"lora_alpha": "x"}', "its config has lora_alpha 'x'; give a number"),
+        ('{"alpha_pattern": [1]}', r"its config has alpha_pattern \[1\]; give a dict"),
+        ('{"alpha_pattern": {"to_q": null}}', "has alpha_pattern.to_q None; give a nu"),
+    ],
+)
+@pytest.mark.parametrize("name", ["", "adapter_model.safetensors"])
+def test_a_folder_that_does_not_tell_its_scale_is_a_line(tmp_path, name, config, words):
+    net = _unet()
+    state = convert.export_lora(net, _factors(net, 2, "attn1/to_q"), 2, 2)
+    folder = _peft(tmp_path / "peft", state, config)
+    said = f"^state_dict_or_path: .*{folder}.*{words}"
+    with pytest.raises(UserError, match=said) as error:
+        convert.import_lora(net, folder / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_may_leave_alpha_to_the_rank(tmp_path):
+    net = _unet()
+    factors = _factors(net, 2, "attn1/to_q")
+    state = convert.export_lora(net, factors, 2, 2)
+    folder = _peft(tmp_path / "peft", state, '{"lora_alpha": null}')
+    again, rank, alpha = convert.import_lora(net, folder)
+    _same(factors, again)
+    assert (rank, alpha) == (2, 2.0)
+
+
+def test_bfloat16_and_what_trainers_put_around_are_read():
+    net = _unet()
+    state = convert.export_lora(net, _factors(net, 2, "attn1/to_q"), 2, 2)
+    half = {key: value.astype("bfloat16") for key, value in state.items()}
+    wrapped = {"state_dict": {f"module.{key}": value for key, value in half.items()}}
+    wanted = {key: value.astype(np.float32) for key, value in half.items()}
+    found, *_ = convert.import_lora(net, wrapped)
+    _same(found, convert.import_lora(net, wanted)[0])
 
 
 def test_a_file_of_nothing_and_factors_of_another_net():

@@ -36,6 +36,7 @@ def assert_same(tree, other):
     tree, other = _flat(tree), _flat(other)
     assert tree.keys() == other.keys()
     for key, value in tree.items():
+        assert value.shape == other[key].shape, key
         np.testing.assert_array_equal(value, other[key], err_msg=key)
 
 
@@ -206,6 +207,11 @@ def test_the_spatial_rescaler_matches_the_reference():
     net, variables = convert.import_network({}, {"n_stages": 1, "method": "area"})
     assert variables == {"params": {}}
     _agrees(_apply(net, variables, parity.nhwc(io["x"])), io["area_n1"])
+    net, _ = convert.import_network({}, {"multiplier": 0.25})
+    assert net == embedders.SpatialRescaler(1, "bilinear", 0.25)
+    mapper = {"channel_mapper.weight": np.zeros((4, 3, 1, 1), np.float32)}
+    net, _ = convert.import_network(mapper, {"multiplier": 0.75, "n_stages": 3})
+    assert net.out_channels == 4
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])
@@ -226,6 +232,8 @@ def test_a_discriminator_round_trips(name, prefix):
     net, variables = convert.import_network(given, meta["config"])
     assert net.ndf == 16 and net.norm == meta["config"].get("norm", net.norm)
     back = convert.export_network(net, variables, "compvis")
+    _, again = convert.import_network(back, meta["config"])
+    assert_same(again, variables)
     left_out = {key for key in weights if key.endswith("num_batches_tracked")}
     assert_same(back, {k: v for k, v in weights.items() if k not in left_out})
 
@@ -381,6 +389,38 @@ def test_a_config_of_another_architecture_is_refused_in_one_line():
     with pytest.raises(UserError, match="missing .*unknown .*likely cause") as caught:
         convert.import_network(weights, meta["config"] | {"channel_mult": [1, 2, 4]})
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 4000
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_heads": 5}, {"num_heads": "4"}, {"num_res_blocks": [1]}]
+)
+def test_a_config_that_no_net_can_have_is_refused_in_one_line(change):
+    meta, weights, _ = parity.load("unet_uncond")
+    with pytest.raises(UserError, match="^UNet, layout compvis: ") as caught:
+        convert.import_network(weights, meta["config"] | change)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_first_stage_may_have_its_loss_and_colours_beside_it():
+    meta, weights, _ = parity.load("autoencoder_kl")
+    _, expected = convert.import_network(weights, meta["config"])
+    more = {
+        "loss.discriminator.main.0.weight": np.zeros((64, 3, 4, 4)),
+        "loss.perceptual_loss.net.slice1.0.weight": np.zeros((64, 3, 3, 3)),
+        "loss.logvar": np.zeros(()),
+        "colorize": np.zeros((3, 6, 1, 1)),
+    }
+    _, variables = convert.import_network(weights | more, meta["config"])
+    assert_same(variables, expected)
+
+
+def test_a_decoder_that_ends_early_leaves_its_last_layers():
+    meta, weights, _ = parity.load("autoencoder_kl")
+    ddconfig = meta["config"]["ddconfig"] | {"give_pre_end": True}
+    net, variables = convert.import_network(
+        weights, meta["config"] | {"ddconfig": ddconfig}
+    )
+    assert net.give_pre_end and "conv_out" not in variables["params"]["decoder"]
 
 
 def test_what_is_no_network_or_more_than_one_is_refused():

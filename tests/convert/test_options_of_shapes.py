@@ -1,5 +1,6 @@
 """Options of networks that their shapes tell, without the original's config."""
 
+import collections
 import warnings
 
 import jax
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 
 from ldm_jax import convert
+from ldm_jax.config import UserError
 from ldm_jax.convert import compvis, plans, read_unet
-from ldm_jax.nets import unet
+from ldm_jax.nets import encoder_unet, unet
 from tests.convert.test_networks import _apply, assert_same
 
 TINY = dict(
@@ -81,6 +83,21 @@ def test_options_of_a_unet_are_read_off_its_weights(options, layout):
         | dict(
             num_res_blocks=2, attention_resolutions=(1, 2), num_attention_blocks=(1, 2)
         ),
+        # All on the way down, but not the one more on the way up.
+        TINY | dict(num_attention_blocks=(0, 1)),
+        TINY | dict(attention_resolutions=(1, 2), num_attention_blocks=(1, 1)),
+        CROSS
+        | dict(
+            attention_resolutions=(1, 2),
+            transformer_depth=(1, 2),
+            transformer_depth_middle=3,
+        ),
+        CROSS
+        | dict(
+            attention_resolutions=(1, 2),
+            transformer_depth=2,
+            transformer_depth_middle=1,
+        ),
     ],
 )
 def test_options_that_compvis_layout_alone_has_are_read_off_its_weights(options):
@@ -92,6 +109,54 @@ def test_options_that_compvis_layout_alone_has_are_read_off_its_weights(options)
     for key, value in options.items():
         if key != "attention_resolutions":
             assert getattr(again, key) == value, key
+
+
+@pytest.mark.parametrize("dims", [[8], [8, 8], (8, 8)])
+def test_a_context_for_each_block_may_be_one_for_all(dims):
+    """As the original takes it; two arrays where `sequential_crossattn` says so."""
+    net = unet.UNet(**CROSS | dict(transformer_depth=len(dims)))
+    variables = _random(net, **net.abstract_inputs())
+    state = convert.export_network(net, variables, "compvis")
+    again, same = convert.import_network(state, {"num_heads": 2, "context_dim": dims})
+    assert again.context_dim == 8
+    assert_same(same, variables)
+    if len(dims) > 1:
+        many = {"num_heads": 2, "context_dim": dims, "sequential_crossattn": True}
+        again, same = convert.import_network(state, many)
+        assert again.context_dim == (8, 8)
+        assert_same(same, variables)
+
+
+def test_levels_of_a_classifier_that_widths_do_not_tell_are_those_of_its_config():
+    options = dict(
+        in_channels=3,
+        model_channels=32,
+        out_channels=5,
+        num_res_blocks=1,
+        attention_resolutions=(1,),
+        channel_mult=(1, 1),
+        resblock_updown=True,
+    )
+    net = encoder_unet.EncoderUNet(**options)
+    variables = _random(net, **net.abstract_inputs())
+    state = convert.export_network(net, variables, "compvis")
+    with pytest.raises(UserError, match="give config with channel_mult and num_res"):
+        convert.import_network(state)
+    again, same = convert.import_network(state, options)
+    assert again == net and again.num_heads == 1  # the original's default
+    assert_same(same, variables)
+
+
+def test_a_config_of_omegaconf_s_lists_gives_a_module_that_can_be_hashed():
+    class Entries(collections.UserList):  # no list, as ListConfig is none
+        pass
+
+    net = unet.UNet(**TINY)
+    variables = _random(net, **net.abstract_inputs())
+    state = convert.export_network(net, variables, "compvis")
+    given = {"num_heads": 2, "channel_mult": Entries([1, 2])}
+    again, _ = convert.import_network(state, given)
+    assert hash(again) == hash(again.clone()) and again.channel_mult == (1, 2)
 
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "churches256"])

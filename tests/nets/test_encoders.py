@@ -8,7 +8,7 @@ import pytest
 from ldm_jax import resample
 from ldm_jax.convert import towers
 from ldm_jax.diffusion import denoiser, schedules
-from ldm_jax.nets import clip_vision, layers, t5, text_encoder
+from ldm_jax.nets import clip_vision, embedders, layers, t5, text_encoder
 from tests import parity
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[test,parity]'")
@@ -228,6 +228,18 @@ def test_pictures_are_resized_from_corner_to_corner(size):
     mean, std = np.array(clip_vision.MEAN), np.array(clip_vision.STD)
     expected = ((np.moveaxis(theirs, 1, -1) + 1) / 2 - mean) / std
     np.testing.assert_allclose(out, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("method", ["nearest", "bilinear", "bicubic", "area"])
+@pytest.mark.parametrize("multiplier", [0.5, 0.75, 1.5])
+def test_maps_whose_sides_do_not_divide_are_resized_by_the_factor(method, multiplier):
+    x = np.random.default_rng(0).normal(size=(2, 15, 9, 3)).astype(np.float32)
+    theirs = torch.nn.functional.interpolate(
+        torch.from_numpy(np.moveaxis(x, -1, 1)), scale_factor=multiplier, mode=method
+    ).numpy()
+    ours_has = {"area": "adaptive"}.get(method, method)
+    ours = embedders.SpatialRescaler(1, ours_has, multiplier).apply({}, x)
+    np.testing.assert_allclose(ours, np.moveaxis(theirs, 1, -1), atol=ATOL)
 
 
 def test_noised_embeddings_are_the_reference_s():

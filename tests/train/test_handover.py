@@ -50,6 +50,9 @@ def test_the_new_run_has_that_first_stage(other, tmp_path):
 def test_a_run_that_is_not_there_or_not_finished(other, tmp_path):
     with pytest.raises(UserError, match="^autoencoder_from: .* holds no run"):
         handover.adopt_config(_heir(tmp_path / "nowhere"), tmp_path / "heir")
+    lost = runs.debug(f"init_from={tmp_path / 'nowhere'}")
+    with pytest.raises(UserError, match="^init_from: .* holds no run"):
+        loop.check(lost, tmp_path / "heir")
     shutil.rmtree(other / "autoencoder")
     with pytest.raises(UserError, match="^autoencoder_from: .* is not finished"):
         handover.adopt_config(_heir(other), tmp_path / "heir")
