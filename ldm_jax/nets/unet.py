@@ -234,12 +234,9 @@ class UNet(nn.Module):
             self._check_context(context)
 
     def _check_context(self, context) -> None:
-        many = isinstance(context, list | tuple)
-        if many != self.sequential_crossattn:
-            raise ValueError(
-                f"context is {'a list' if many else 'one array'}, but"
-                f" sequential_crossattn={self.sequential_crossattn}"
-            )
+        many = isinstance(context, list | tuple)  # as the original always takes it
+        if self.sequential_crossattn and not many:
+            raise ValueError("context is one array, but sequential_crossattn=True")
         widths = tuple(c.shape[-1] for c in context) if many else context.shape[-1]
         wanted = self._context_dims() if many else self._width_of_context()
         if widths != wanted:

@@ -120,6 +120,12 @@ def test_a_context_for_each_block_may_be_one_for_all(dims):
     again, same = convert.import_network(state, {"num_heads": 2, "context_dim": dims})
     assert again.context_dim == 8
     assert_same(same, variables)
+    inputs = dict(x=jnp.ones((1, 2, 2, 4)), t=jnp.ones(1))
+    one = jnp.linspace(-1, 1, 16).reshape(1, 2, 8)
+    np.testing.assert_array_equal(
+        _apply(again, same, **inputs, context=[one] * len(dims)),
+        _apply(again, same, **inputs, context=one),
+    )
     if len(dims) > 1:
         many = {"num_heads": 2, "context_dim": dims, "sequential_crossattn": True}
         again, same = convert.import_network(state, many)

@@ -233,7 +233,11 @@ def test_context_may_join_plain_attention_in_any_dtype():
             "num_classes 'clip' makes tokens, so it needs added_kv",
         ),
         (CROSS, dict(context=jnp.zeros((1, 2, 9))), "width 9, but context_dim is 8"),
-        (CROSS, dict(context=[jnp.zeros((1, 2, 8))]), "context is a list"),
+        (
+            CROSS,
+            dict(context=[jnp.zeros((1, 2, 8))] * 2),
+            r"context has width \(8, 8\)",
+        ),
         (TINY | dict(num_heads=None), {}, "give one of them"),
         (TINY | dict(num_heads=5), {}, "64 channels can't be split into 5 heads"),
         (TINY | dict(num_res_blocks=(1,)), {}, "num_res_blocks: 1 entries for 2"),
