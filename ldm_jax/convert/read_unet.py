@@ -74,8 +74,8 @@ def classifier_of(
 
 
 _NO_HEADS = (
-    "the number of heads is not in the weights; give it, as in"
-    " config={'num_head_channels': 32} or config={'num_heads': 8}"
+    "the number of heads is not in the weights; give num_heads or num_head_channels, as"
+    " in config={'num_heads': 8} or --config.unet.num_heads=8"
 )
 
 
