@@ -21,7 +21,15 @@ from ldm_jax import model as model_lib
 from ldm_jax.config import UserError
 from ldm_jax.convert import networks, whole
 from ldm_jax.diffusion import schedules
-from ldm_jax.nets import autoencoder, embedders, t5, text_encoder, unet
+from ldm_jax.nets import (
+    autoencoder,
+    clip_vision,
+    dpt,
+    embedders,
+    t5,
+    text_encoder,
+    unet,
+)
 
 # linear_start and linear_end of Stable Diffusion, LDM and DDPM.
 _ENDS = ((0.00085, 0.012), (0.0015, 0.0195), (0.0015, 0.0205), (1e-4, 2e-2))
@@ -108,8 +116,7 @@ def _fitting(source: whole.Whole, predicts: str | None) -> ml_collections.Config
 def shipped(diffusion: bool = True) -> Iterator[tuple[str, ml_collections.ConfigDict]]:
     """("configs/txt2img.py:sd1", config) of all presets with a diffusion stage.
 
-    Those of a first stage alone where `diffusion` is False.
-
+    Or, where `diffusion` is False, of all without one: first stages alone.
     Of the repository, or of the working directory; none where neither has configs.
     `debug` is left out: it is too small to tell one task from another.
     """
@@ -121,10 +128,9 @@ def shipped(diffusion: bool = True) -> Iterator[tuple[str, ml_collections.Config
             config = make()
             if name == "debug" or ("diffusion" in config.stages) is not diffusion:
                 continue
-            if not diffusion:
-                yield f"configs/{path.name}:{name}", config
-            elif config.unet.get("kind", "unet") == "unet":  # no file has a prior alone
-                yield f"configs/{path.name}:{name}", config
+            if diffusion and config.unet.get("kind", "unet") != "unet":
+                continue  # no file has a prior alone
+            yield f"configs/{path.name}:{name}", config
 
 
 def _net(name: str, source: whole.Whole, prefix: str, part: str = "") -> nn.Module:
@@ -168,6 +174,8 @@ def admit(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
     classes = {
         "unet": unet.UNet,
         "autoencoder": autoencoder.KINDS[config.autoencoder.kind],
+        "conditioners.alike.net": clip_vision.CLIPVisionTransformer,
+        "conditioners.depth.net": dpt.DPTHybrid,
     }
     if "text" in config.get("conditioners", {}):
         classes["conditioners.text.net"] = _TOWERS[config.conditioners.text.net.kind]
@@ -175,7 +183,11 @@ def admit(config: ml_collections.ConfigDict, overrides: Sequence[str]) -> None:
         name, _, option = config_lib.split_override(item)[0].rpartition(".")
         if name not in classes:
             continue
-        section = functools.reduce(lambda tree, key: tree[key], name.split("."), config)
+        section = functools.reduce(
+            lambda tree, key: tree.get(key, {}), name.split("."), config
+        )
+        if not section:
+            continue
         field = classes[name].__dataclass_fields__.get(option)
         if field is not None and option not in section:
             section[option] = field.default

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -58,6 +57,15 @@ class Parts(NamedTuple):
     scale_factor: float
 
 
+class Opened(NamedTuple):
+    """A released model: no nets where it is a first stage alone."""
+
+    config: ml_collections.ConfigDict
+    nets: model_lib.LatentDiffusion | None
+    tokenizers: Mapping[str, Any]
+    parts: Parts
+
+
 def is_source(source: str | os.PathLike) -> bool:
     """Whether it is a file of weights or a folder of diffusers, or may be a hub id."""
     path = pathlib.Path(source).expanduser()
@@ -70,24 +78,35 @@ def is_source(source: str | os.PathLike) -> bool:
 def open_source(source: str) -> whole.Whole:
     """What a file, a folder of diffusers or a hub id of either holds."""
     path = pathlib.Path(source).expanduser()
-    if not path.exists() and not path.parent.exists():
+    if not path.exists():
         path = hub.pipeline(source, "SRC") or path
     if whole.is_folder(path):
         return whole.read_folder(path, "SRC")
     return whole.Whole(whole.with_prefix(frozen_lib.read(source, "SRC")))
 
 
+def on_device(path: str, array: np.ndarray) -> jax.Array:
+    """A copy of an array, which may lie in a file, on the first device.
+
+    A transposed view is copied by the device, faster than by numpy. An array that lies
+    in order might not be copied by `device_put` at all.
+    """
+    del path
+    in_order = array.flags.c_contiguous
+    return jnp.array(array) if in_order else jax.device_put(array)
+
+
 def read(
     source: whole.Whole,
     config: ml_collections.ConfigDict,
-    model: model_lib.LatentDiffusion,
+    model: model_lib.LatentDiffusion | None,
     *,
     averaged: bool = True,
     scale_factor: float | None = None,
     allow_missing: bool = False,
-    place: plans.Place | None = None,
+    place: plans.Place = on_device,
 ) -> Parts:
-    """The params of `model` from all that a source has.
+    """The params of `model` from all that a source has, of a first stage where None.
 
     `averaged` takes the UNet's moving average where the file has one. With
     `allow_missing` what the UNet and the autoencoder lack is drawn as for training, and
@@ -106,11 +125,31 @@ def read(
             f"SRC: {len(unknown)} arrays of no known part, such as {unknown[0]!r}; give"
             " a checkpoint of CompVis or Stability"
         )
+    diffusion, encoders = {}, {}
+    if model is not None:
+        diffusion, encoders = _second_stage(
+            source, config, model, averaged, allow_missing, place
+        )
+    first_stage = _first_stage(source, config, allow_missing, place)
+    if scale_factor is None:
+        scale_factor = _scale_factor(source, config)
+    return Parts(first_stage, diffusion, encoders, scale_factor)
+
+
+def _second_stage(
+    source: whole.Whole,
+    config: ml_collections.ConfigDict,
+    model: model_lib.LatentDiffusion,
+    averaged: bool,
+    allow_missing: bool,
+    place: plans.Place,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(params that are trained, those of frozen conditions)"""
     _check_process(source, model)
-    place = place or on_device
-    key = jax.random.key(config.seed)
+    state_dict = source.arrays
 
     def fresh_unet():
+        key = jax.random.key(config.seed)
         return model_lib.init_diffusion(config, model, key)["unet"]
 
     diffusion = {
@@ -145,19 +184,16 @@ def read(
             )
         diffusion["logvar"] = np.asarray(state_dict["logvar"], np.float32)
     _check_shapes(config, model, diffusion)
-    first_stage = _first_stage(source, config, model.autoencoder, allow_missing, place)
-    if scale_factor is None:
-        scale_factor = _scale_factor(source, config)
-    return Parts(first_stage, diffusion, encoders, scale_factor)
+    return diffusion, encoders
 
 
 def _first_stage(
     source: whole.Whole,
     config: ml_collections.ConfigDict,
-    net: nn.Module,
     allow_missing: bool,
     place: plans.Place,
 ) -> dict[str, Any]:
+    net = model_lib.build_autoencoder(config)
     if isinstance(net, autoencoder.Identity):
         return {}
 
@@ -181,7 +217,7 @@ def _scale_factor(source: whole.Whole, config: ml_collections.ConfigDict) -> flo
     if "scale_factor" in source.arrays:
         found = np.asarray(source.arrays["scale_factor"])
         # By its digits: 0.18215 also where it was a float32.
-        value = float(str(found[()])) if found.size == 1 else math.nan
+        value = float(str(found.flat[0])) if found.size == 1 else math.nan
         if not 0 < value < math.inf:
             raise UserError(
                 f"SRC: scale_factor is {found.tolist()}, which multiplies no latents;"
@@ -240,17 +276,6 @@ def _params_of(
         None if init is None else functools.partial(_fresh, type(net).__name__, init)
     )
     return networks.params_of(net, state_dict, place=place, fresh=fresh)
-
-
-def on_device(path: str, array: np.ndarray) -> jax.Array:
-    """A copy of an array, which may lie in a file, on the first device.
-
-    A transposed view is copied by the device, faster than by numpy. An array that lies
-    in order might not be copied by `device_put` at all.
-    """
-    del path
-    in_order = array.flags.c_contiguous
-    return jnp.array(array) if in_order else jax.device_put(array)
 
 
 def on_mesh(mesh: jax.sharding.Mesh) -> plans.Place:
@@ -383,16 +408,16 @@ def settle(
 
 def open_parts(
     source: whole.Whole, config: ml_collections.ConfigDict, **options: Any
-) -> tuple[model_lib.LatentDiffusion | None, dict[str, Any], Parts]:
-    """(nets, tokenizers, params) of a released model; `options` are those of `read`.
+) -> Opened:
+    """All of a released model; `options` are those of `read`.
 
-    Where the config is of a first stage alone, that is taken, and there are no nets.
+    Where the config is of a first stage alone, that is taken.
     """
     if "diffusion" not in config.stages:
-        return None, {}, _read_first_stage(source, config, **options)
+        return Opened(config, None, {}, read(source, config, None, **options))
     tokenizer_of = load_tokenizers(config, source)
     nets = model_lib.build(config, tokenizer_of)
-    return nets, tokenizer_of, read(source, config, nets, **options)
+    return Opened(config, nets, tokenizer_of, read(source, config, nets, **options))
 
 
 def load(
@@ -403,35 +428,13 @@ def load(
     With a `mesh` its params are spread over it as they would be in training.
     """
     source, config = settle(path, spec)
-    place = None if mesh is None else on_mesh(mesh)
-    return in_memory(config, *open_parts(source, config, place=place))
+    place = on_device if mesh is None else on_mesh(mesh)
+    return in_memory(open_parts(source, config, place=place))
 
 
-def _read_first_stage(
-    source: whole.Whole,
-    config: ml_collections.ConfigDict,
-    *,
-    averaged: bool = True,
-    scale_factor: float | None = None,
-    allow_missing: bool = False,
-    place: plans.Place | None = None,
-) -> Parts:
-    """What a run of stage one holds."""
-    del averaged  # of the UNet
-    net = model_lib.build_autoencoder(config)
-    params = _first_stage(source, config, net, allow_missing, place or on_device)
-    if scale_factor is None:
-        scale_factor = _scale_factor(source, config)
-    return Parts(params, {}, {}, scale_factor)
-
-
-def in_memory(
-    config: ml_collections.ConfigDict,
-    nets: model_lib.LatentDiffusion | None,
-    tokenizer_of: Mapping[str, Any],
-    parts: Parts,
-) -> loaded_lib.LoadedModel:
+def in_memory(opened: Opened) -> loaded_lib.LoadedModel:
     """A released model as one that was trained here."""
+    config, nets, tokenizer_of, parts = opened
     if nets is None:
         raise UserError(
             "SRC: a first stage alone, which draws nothing; make a run of it with"
@@ -456,16 +459,13 @@ def _statistics(
     return {"mean": [0.0] * c, "std": [1 / parts.scale_factor] * c}
 
 
-def write(
-    workdir: pathlib.Path,
-    config: ml_collections.ConfigDict,
-    nets: model_lib.LatentDiffusion | None,
-    tokenizer_of: Mapping[str, Any],
-    parts: Parts,
-) -> None:
-    """Writes a finished run, whole or not at all; `workdir` must not be there."""
-    del nets
-    with workdir_lib.whole(workdir) as partial:
+def write(workdir: pathlib.Path, opened: Opened, option: str = "DST") -> None:
+    """Writes a finished run, whole or not at all; `workdir` must not be there.
+
+    UserErrors name `option`.
+    """
+    config, _, tokenizer_of, parts = opened
+    with workdir_lib.whole(workdir, option) as partial:
         for name, tokenizer in tokenizer_of.items():
             tokenizer.save_pretrained(workdir_lib.tokenizer_path(partial, name))
         frozen_lib.write(partial, parts.encoders)

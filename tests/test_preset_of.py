@@ -378,6 +378,8 @@ def test_a_yaml_tells_the_scale_of_latents(tmp_path, made):
     source = source._replace(arrays=arrays)
     path = _write(tmp_path, tree)
     assert original_yaml.add(source, path).scale_factor == 0.5
+    nothing = _write(tmp_path, _changed(tree, timesteps=None, low_scale_config="x"))
+    assert original_yaml.add(source, nothing).process["timesteps"] == 1000
     by_std = _write(tmp_path, _changed(tree, scale_by_std=True), "by_std.yaml")
     assert original_yaml.add(source, by_std).scale_factor == 0.5
     whole_file = source._replace(arrays=arrays | {"scale_factor": np.float32(0.3)})

@@ -154,6 +154,7 @@ def test_every_block_is_compared_where_torch_is(tmp_path, made, capsys):
         ((), {"scale_factor": np.array(np.nan)}, "scale_factor is nan, which multipl"),
         ((), {"scale_factor": np.zeros(())}, "scale_factor is 0.0, which multiplies"),
         ((), {"scale_factor": np.ones(2)}, "scale_factor is [1.0, 1.0], which"),
+        ((), {"scale_factor": np.zeros(1)}, "scale_factor is [0.0], which multiplies"),
         (("--scale=0",), {}, "--scale=0: no such flag"),
         (
             ("--config.conditioners.text.tokenizer.train_vocab_size=99",),

@@ -16,10 +16,13 @@ import argparse
 import math
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ldm_jax import config as config_lib
 from ldm_jax.config import UserError
+
+if TYPE_CHECKING:
+    from ldm_jax import released
 
 FILE = ".safetensors"
 
@@ -77,16 +80,16 @@ def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
         _check_no_options(args, rest)
         model, name = loaded.load(args.src), args.src
     else:
-        parts = _released(args, rest)
-        name = f"{args.src} as {parts[0].preset}"
+        opened = _released(args, rest)
+        name = f"{args.src} as {opened.config.preset}"
         if destination.suffix == FILE or args.diffusers or args.check:
-            model = released.in_memory(*parts)
+            model = released.in_memory(opened)
     if destination.suffix == FILE:
         publish.write_file(model, destination)
     elif of_run or args.diffusers:
         publish_folder.write(model, destination)
     else:
-        released.write(destination, *parts)
+        released.write(destination, opened)
     print(f"{name} in {destination}")
     if args.check:
         check.check(model)
@@ -119,8 +122,8 @@ def _check_no_options(args: argparse.Namespace, rest: Sequence[str]) -> None:
         )
 
 
-def _released(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, ...]:
-    """(config, nets, tokenizers, parts) of a released model."""
+def _released(args: argparse.Namespace, rest: Sequence[str]) -> "released.Opened":
+    """The released model that SRC is."""
     from ldm_jax import preset_of, released
 
     if args.scale_factor is not None and not 0 < args.scale_factor < math.inf:
@@ -142,8 +145,8 @@ def _released(args: argparse.Namespace, rest: Sequence[str]) -> tuple[Any, ...]:
         allow_missing=args.allow_missing,
     )
     if config.preset == preset_of.READ_OFF:
-        print(f"  scale_factor = {opened[-1].scale_factor!r}")
-    return config, *opened
+        print(f"  scale_factor = {opened.parts.scale_factor!r}")
+    return opened
 
 
 if __name__ == "__main__":

@@ -37,9 +37,11 @@ def read(path: pathlib.Path, option: str) -> dict[str, Any]:
 
 def _read_archive(path: pathlib.Path) -> Any:
     try:
-        return torch_archive.load(path, WRAPPERS)
+        inner = torch_archive.load(path, WRAPPERS)
     except torch_archive.NoEntryError:
         return torch_archive.load(path)
+    # What is no wrapper may have such a name too.
+    return inner if _has_arrays(inner) else torch_archive.load(path)
 
 
 def unwrapped(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,7 +50,8 @@ def unwrapped(tree: Mapping[str, Any]) -> dict[str, Any]:
     That is an entry of `WRAPPERS` with arrays in it; DDP's and torch.compile's prefix.
     """
     tree = dict(tree)
-    while inner := next((tree[k] for k in WRAPPERS if _has_arrays(tree.get(k))), None):
+    for _ in WRAPPERS:  # a dict may hold itself
+        inner = next((tree[k] for k in WRAPPERS if _has_arrays(tree.get(k))), tree)
         tree = dict(inner)
     while prefix := next((p for p in _PREFIXES if _is_before_all(p, tree)), None):
         tree = {key.removeprefix(prefix): value for key, value in tree.items()}

@@ -271,7 +271,7 @@ def _factor(key: str, value: np.ndarray) -> np.ndarray:
         raise UserError(f"{key}: of {value.dtype}; give floats")
     factor = value.astype(np.float32)
     try:
-        plans._check_finite(key, value, factor)
+        plans.check_finite(key, value, factor)
     except ValueError as error:
         raise UserError(str(error)) from error
     return factor

@@ -108,9 +108,9 @@ def _number(
     path: pathlib.Path, params: Mapping[str, Any], name: str, default: float | None
 ) -> float | None:
     """A number above 0; 1e-4 without a point is a string to YAML."""
-    value = params.get(name, default)
+    value = params.get(name)
     if value is None:
-        return None
+        return default
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -143,7 +143,7 @@ def _scale_factor(
 def _low_scale(params: Mapping[str, Any]) -> dict[str, Any]:
     """That a small picture with noise is given, and how many levels that has."""
     section = params.get("low_scale_config")
-    if not section:
+    if not isinstance(section, Mapping):
         return {}
     levels = (section.get("params") or {}).get("max_noise_level")
     return {"pipeline": whole.UPSCALE, "noise_levels": levels}

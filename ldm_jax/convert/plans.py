@@ -142,7 +142,7 @@ def convert(
 
     def read(rule):
         value = _array_here(rule, state_dict[rule.key])
-        _check_finite(rule.key, state_dict[rule.key], value)
+        check_finite(rule.key, state_dict[rule.key], value)
         placed = place(rule.path, value)
         mapped.forget(state_dict[rule.key])
         return placed
@@ -170,7 +170,7 @@ def _shape_here(rule: Rule, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         return None
 
 
-def _check_finite(key: str, given: np.ndarray, value: np.ndarray) -> None:
+def check_finite(key: str, given: np.ndarray, value: np.ndarray) -> None:
     """Raises UnsoundError for what is no number, which half precision may hold."""
     # A sum is quick, and finite numbers whose sum is not are looked at again.
     with np.errstate(over="ignore", invalid="ignore"):

@@ -237,6 +237,8 @@ class UNet(nn.Module):
         many = isinstance(context, list | tuple)  # as the original always takes it
         if self.sequential_crossattn and not many:
             raise ValueError("context is one array, but sequential_crossattn=True")
+        if many and self.added_kv:
+            raise ValueError("context is a list, but added_kv takes one array")
         widths = tuple(c.shape[-1] for c in context) if many else context.shape[-1]
         wanted = self._context_dims() if many else self._width_of_context()
         if widths != wanted:

@@ -60,21 +60,21 @@ def make(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> None:
             )
         report.say(f"{field}: making a run of {source} in {run}")
         try:
-            theirs, opened = _open(config, os.fspath(source))
+            opened = _open(config, os.fspath(source))
         except UserError as error:
             raise UserError(
                 f"{field}: {source}: {error}; or make a run of it with python -m"
                 " ldm_jax.convert, and give that"
             ) from error
-        if stage not in theirs.stages:
+        if stage not in opened.config.stages:
             raise UserError(
                 f"{field}: {source} is a first stage alone; give it as autoencoder_from"
             )
-        released.write(run, theirs, *opened)
+        released.write(run, opened, field)
 
 
-def _open(config, source):
-    """(config, (nets, tokenizers, params)) of a released model."""
+def _open(config, source) -> released.Opened:
+    """A released model, as `config` where that fits it."""
     whole = released.open_source(source)
     own = copy.deepcopy(config)
     own.update({field: None for field in FIELDS})
@@ -82,7 +82,7 @@ def _open(config, source):
     own.diffusion_stage.lora.update(dict(rank=None, init_from=None))
     own.diffusion_stage.inversion.update(dict.fromkeys(own.diffusion_stage.inversion))
     try:
-        return own, released.open_parts(whole, own)
+        return released.open_parts(whole, own)
     except UserError:
         predicts = config.diffusion.parameterization
         whole, theirs = released.settle(source, predicts=predicts)
@@ -90,4 +90,4 @@ def _open(config, source):
         ours = config.conditioners.get(name, {})
         if "tokenizer" in section and "tokenizer" in ours:
             section.tokenizer = ours.tokenizer
-    return theirs, released.open_parts(whole, theirs)
+    return released.open_parts(whole, theirs)

@@ -46,3 +46,17 @@ def test_what_trainers_put_around_a_state_dict_is_taken_off(
 )
 def test_what_is_no_wrapping_stays(tree):
     assert files.unwrapped(tree) == tree
+
+
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("model", [SIXES, mapping()])
+def test_an_array_may_have_a_wrapping_s_name(tmp_path, write, model):
+    program = mapping(a=SIXES, model=model)
+    found = files.read(six(write, tmp_path / "x.pt", program), "SRC")
+    np.testing.assert_array_equal(found["a"], SIX)
+
+
+def test_a_wrapping_that_holds_itself_ends():
+    tree = {"a": SIX}
+    tree["model"] = tree
+    assert files.unwrapped(tree).keys() == tree.keys()

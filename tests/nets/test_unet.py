@@ -228,6 +228,11 @@ def test_context_may_join_plain_attention_in_any_dtype():
         (CROSS, dict(context=None), "no context was given"),
         (TINY | dict(added_kv=True, context_dim=8), dict(context=None), "no context"),
         (
+            TINY | dict(added_kv=True, context_dim=8),
+            dict(context=[jnp.zeros((1, 2, 8))]),
+            "context is a list, but added_kv takes one array",
+        ),
+        (
             TINY | dict(num_classes="clip", adm_in_channels=8, context_dim=8),
             {},
             "num_classes 'clip' makes tokens, so it needs added_kv",
