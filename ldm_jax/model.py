@@ -16,12 +16,19 @@ from ldm_jax.conditioning import conditioners as conditioning
 from ldm_jax.conditioning import kinds, pictures
 from ldm_jax.config import UserError, construct, nearest
 from ldm_jax.diffusion import denoiser, edm, guidance, schedules, tiling
-from ldm_jax.nets import autoencoder, clip_autoencoder, encoder_unet, prior, unet
+from ldm_jax.nets import (
+    autoencoder,
+    clip_autoencoder,
+    encoder_unet,
+    prior,
+    unet,
+    unet_variants,
+)
 
 FIRST_STAGES = autoencoder.KINDS | {"clip": clip_autoencoder.ClipAutoencoder}
 # What `unet.kind` may name: (net, its variants).
 DENOISERS = {
-    "unet": (unet.UNet, unet.VARIANTS),
+    "unet": (unet.UNet, unet_variants.VARIANTS),
     "prior": (prior.PriorTransformer, prior.VARIANTS),
 }
 

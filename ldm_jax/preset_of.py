@@ -29,6 +29,7 @@ from ldm_jax.nets import (
     t5,
     text_encoder,
     unet,
+    unet_variants,
 )
 
 # linear_start and linear_end of Stable Diffusion, LDM and DDPM.
@@ -232,7 +233,7 @@ def _is_of(net: nn.Module, config: ml_collections.ConfigDict) -> bool:
 
 
 def _signs_of(config: ml_collections.ConfigDict) -> tuple:
-    options = model_lib.kwargs_of("unet", config.unet, unet.VARIANTS)
+    options = model_lib.kwargs_of("unet", config.unet, unet_variants.VARIANTS)
     net = config_lib.construct("unet", unet.UNet, options)
     return _signs(net, model_lib.build_autoencoder(config))
 

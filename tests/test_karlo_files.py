@@ -14,7 +14,7 @@ from ldm_jax import preset_of, released
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
 from ldm_jax.convert import compvis, networks, plans, whole
-from ldm_jax.nets import unet
+from ldm_jax.nets import unet, unet_variants
 from tests import runs, test_preset_of
 
 transformers = pytest.importorskip("transformers")
@@ -163,7 +163,7 @@ def test_an_upscalers_first_net_is_taken(tmp_path):
 
 @pytest.mark.parametrize("preset", ["karlo_decoder", "karlo_sr"])
 def test_released_ones_are_recognised(preset):
-    options = unet.VARIANTS[preset]
+    options = unet_variants.VARIANTS[preset]
     plan = compvis.unet_plan(unet.UNet(**options))
     prefix = {"karlo_decoder": "model.", "karlo_sr": "model_first_steps."}[preset]
     arrays = test_preset_of._arrays(prefix, plan)

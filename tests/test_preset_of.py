@@ -16,7 +16,7 @@ from ldm_jax import preset_of, publish, released
 from ldm_jax.config import UserError
 from ldm_jax.convert import __main__ as convert_main
 from ldm_jax.convert import compvis, original_yaml, whole
-from ldm_jax.nets import autoencoder, unet
+from ldm_jax.nets import autoencoder, unet, unet_variants
 from tests import runs
 
 pytestmark = pytest.mark.usefixtures("fast_compile")
@@ -43,7 +43,7 @@ def _arrays(prefix, plan):
 def _file_of(spec):
     """The arrays of a released model of a preset, without those of text nets."""
     config = config_lib.load(str(runs.CONFIGS.parent / spec))
-    options = model_lib.kwargs_of("unet", config.unet, unet.VARIANTS)
+    options = model_lib.kwargs_of("unet", config.unet, unet_variants.VARIANTS)
     net = model_lib.build_autoencoder(config)
     schedule, _ = model_lib.build_process(config)
     return whole.Whole(
@@ -104,12 +104,15 @@ def test_first_stages_are_told_apart_by_where_they_attend():
         autoencoder.AutoencoderKL(**options, attn_resolutions=where)
         for where in ((), (16,), (32,))
     ]
-    signs = [preset_of._signs(unet.UNet(**unet.VARIANTS["sd1"]), net) for net in nets]
+    signs = [
+        preset_of._signs(unet.UNet(**unet_variants.VARIANTS["sd1"]), net)
+        for net in nets
+    ]
     assert len(set(signs)) == 3
 
 
 def test_context_that_joins_is_told_from_none():
-    options = dict(unet.VARIANTS["karlo_decoder"], num_classes="added")
+    options = dict(unet_variants.VARIANTS["karlo_decoder"], num_classes="added")
     nets = [
         unet.UNet(**options),
         unet.UNet(**options | dict(context_dim=768)),

@@ -2,8 +2,8 @@
 
 What shapes can't say comes from the original's arguments where they are given. Where
 they are not, heads are guessed: those of a known model of these widths
-(`unet.VARIANTS`); else, for spatial transformers, as Stable Diffusion has them: 8 heads
-where projections are convolutions, 64 channels a head where they are linear. For
+(`unet_variants.py`); else, for spatial transformers, as Stable Diffusion has them: 8
+heads where projections are convolutions, 64 channels a head where they are linear. For
 attention without context there is no such habit, and it is an error. Its qkv are taken
 to be in the old order.
 """
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm_jax.config import UserError
-from ldm_jax.nets import encoder_unet, unet
+from ldm_jax.nets import encoder_unet, unet, unet_variants
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -318,7 +318,7 @@ def _guessed_heads(options: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]
     """Heads of a model of this size, else by habit, of which a warning tells."""
     shown = {key: options.get(key) for key in _SHOWN}
     shown["use_spatial_transformer"] = bool(shown["use_spatial_transformer"])
-    for variant in unet.VARIANTS.values():
+    for variant in unet_variants.VARIANTS.values():
         of_variant = {"use_spatial_transformer": False, "context_dim": None} | variant
         if all(of_variant[key] == value for key, value in shown.items()):
             keys = ("num_heads", "num_head_channels")

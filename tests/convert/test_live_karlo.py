@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.convert import networks, plans
-from ldm_jax.nets import clip_projections, prior, unet
+from ldm_jax.nets import clip_projections, prior, unet, unet_variants
 
 torch = pytest.importorskip("torch", reason="pip install -e '.[test,parity]'")
 diffusers = pytest.importorskip("diffusers", reason="pip install -e '.[test,parity]'")
@@ -239,8 +239,8 @@ def test_nets_are_of_karlo_s_size():
     """Its upscaler is two of the last (1.4B); the prior's mean and std are apart."""
     nets = [
         (prior.PriorTransformer(**prior.VARIANTS["karlo"]), 1022.03),
-        (unet.UNet(**unet.VARIANTS["karlo_decoder"]), 893.32),
-        (unet.UNet(**unet.VARIANTS["karlo_sr"]), 729.70),
+        (unet.UNet(**unet_variants.VARIANTS["karlo_decoder"]), 893.32),
+        (unet.UNet(**unet_variants.VARIANTS["karlo_sr"]), 729.70),
     ]
     for net, millions in nets:
         shapes = plans.abstract_params(net, **net.abstract_inputs())

@@ -11,7 +11,7 @@ import pytest
 from ldm_jax import convert
 from ldm_jax.config import UserError
 from ldm_jax.convert import compvis, plans, read_unet
-from ldm_jax.nets import encoder_unet, unet
+from ldm_jax.nets import encoder_unet, unet, unet_variants
 from tests.convert.test_networks import _apply, assert_same
 
 TINY = dict(
@@ -167,7 +167,7 @@ def test_a_config_of_omegaconf_s_lists_gives_a_module_that_can_be_hashed():
 
 @pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl", "churches256"])
 def test_released_unets_need_no_config(name):
-    net = unet.UNet(**unet.VARIANTS[name])
+    net = unet.UNet(**unet_variants.VARIANTS[name])
     shapes = plans.abstract_params(net, **net.abstract_inputs())
     theirs = {
         rule.key: rule.layout.to_torch(np.broadcast_to(0, shapes[rule.path])).shape

@@ -10,7 +10,14 @@ import pytest
 from ldm_jax import convert
 from ldm_jax.config import UserError
 from ldm_jax.convert import plans, write_config
-from ldm_jax.nets import autoencoder, clip_vision, layers, text_encoder, unet
+from ldm_jax.nets import (
+    autoencoder,
+    clip_vision,
+    layers,
+    text_encoder,
+    unet,
+    unet_variants,
+)
 from tests import parity
 
 ATOL = 5e-5
@@ -196,14 +203,14 @@ def test_what_no_unet_of_diffusers_is_says_so_in_one_line(options, field):
 
 def test_released_unets_have_the_released_configs():
     """Facts of the configs in the folders of Stable Diffusion 1.5, 2.1 and x4."""
-    sd1 = write_config.unet_of(unet.UNet(**unet.VARIANTS["sd1"]), 64)
+    sd1 = write_config.unet_of(unet.UNet(**unet_variants.VARIANTS["sd1"]), 64)
     assert sd1["attention_head_dim"] == 8
     assert sd1["block_out_channels"] == [320, 640, 1280, 1280]
     assert sd1["down_block_types"] == ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
-    sd2 = write_config.unet_of(unet.UNet(**unet.VARIANTS["sd2"]), 96)
+    sd2 = write_config.unet_of(unet.UNet(**unet_variants.VARIANTS["sd2"]), 96)
     assert sd2["attention_head_dim"] == [5, 10, 20, 20]
     assert sd2["use_linear_projection"]
-    x4 = write_config.unet_of(unet.UNet(**unet.VARIANTS["x4_upscaler"]), 128)
+    x4 = write_config.unet_of(unet.UNet(**unet_variants.VARIANTS["x4_upscaler"]), 128)
     assert x4["only_cross_attention"] == [True, True, True, False]
     assert x4["num_class_embeds"] == 1000
 

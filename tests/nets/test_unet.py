@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ldm_jax.convert import compvis, plans
-from ldm_jax.nets import unet
+from ldm_jax.nets import unet, unet_variants
 from tests import parity
 
 FIXTURES = [
@@ -291,9 +291,9 @@ MILLIONS = {
 }
 
 
-@pytest.mark.parametrize("name", unet.VARIANTS)
+@pytest.mark.parametrize("name", unet_variants.VARIANTS)
 def test_variants_have_the_published_number_of_parameters(name):
-    net = unet.UNet(**unet.VARIANTS[name])
+    net = unet.UNet(**unet_variants.VARIANTS[name])
     shapes = plans.abstract_params(net, **net.abstract_inputs())
     count = sum(int(np.prod(shape)) for shape in shapes.values())
     assert round(count / 1e6, 2) == MILLIONS[name]
