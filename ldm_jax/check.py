@@ -8,12 +8,14 @@ import flax.linen as nn
 from ldm_jax import loaded
 from ldm_jax.config import UserError
 from ldm_jax.convert import check as blocks
-from ldm_jax.nets import autoencoder, clip_vision, dpt, t5, text_encoder, unet
+from ldm_jax.convert import references
+from ldm_jax.nets import autoencoder, clip_vision, dpt
 
 TOLERANCE = 1e-3  # of the greatest difference, in units of the output's spread
+_AROUND_A_TOWER = clip_vision.ImageVector, clip_vision.NearestVectors, dpt.DepthMap
 
 
-def check(model: loaded.LoadedModel) -> str:
+def check(model: loaded.Loaded) -> str:
     """Prints and returns a Markdown table: a row for each block of each net.
 
     Theirs compute with our params as they are exported; differences are absolute. A
@@ -21,7 +23,7 @@ def check(model: loaded.LoadedModel) -> str:
     deviation: the first such one in a net is where to look. Nets that have no
     counterpart get one row that says why. UserError without torch.
     """
-    blocks.libraries()  # of the whole command, not of a net
+    references.libraries()  # of the whole command, not of a net
     lines = ["| Net | Block | max | mean | std | |", "| --- " * 6 + "|"]
     for name, net, params in _nets(model):
         try:
@@ -43,8 +45,11 @@ def line(row: blocks.Row) -> str:
     return f"| {row.block} | {numbers} | {'differs' if differs else ''} |"
 
 
-def _nets(model: loaded.LoadedModel) -> Iterator[tuple[str, nn.Module, Any]]:
+def _nets(model: loaded.Loaded) -> Iterator[tuple[str, nn.Module, Any]]:
     """(name, net, its params) of all that have params."""
+    if isinstance(model, loaded.LoadedAutoencoder):
+        yield "autoencoder", model.net, model.first_stage.params
+        return
     if not isinstance(model.model.autoencoder, autoencoder.Identity):
         yield "autoencoder", model.model.autoencoder, model.first_stage.params
     yield "unet", model.model.unet, model.params["unet"]
@@ -53,21 +58,6 @@ def _nets(model: loaded.LoadedModel) -> Iterator[tuple[str, nn.Module, Any]]:
 
 
 def _compare(net: nn.Module, variables: dict[str, Any]) -> list[blocks.Row]:
-    match net:
-        case autoencoder.Autoencoder():
-            return blocks.compare_autoencoder(net, variables)
-        case text_encoder.CLIPTextTransformer():
-            return blocks.compare_clip_text(net, variables)
-        case unet.UNet():
-            return blocks.compare_unet(net, variables)
-        case text_encoder.TextTransformer():
-            return blocks.compare_bert(net, variables)
-        case t5.T5Encoder():
-            return blocks.compare_t5(net, variables)
-        case clip_vision.CLIPVisionTransformer():
-            return blocks.compare_clip_vision(net, variables)
-        case dpt.DPTHybrid():
-            return blocks.compare_dpt(net, variables)
-        case clip_vision.ImageVector() | clip_vision.NearestVectors() | dpt.DepthMap():
-            return _compare(net.tower, {"params": variables["params"]["tower"]})
-    raise UserError(f"there is no reference for a {type(net).__name__}")
+    if isinstance(net, _AROUND_A_TOWER):
+        net, variables = net.tower, {"params": variables["params"]["tower"]}
+    return blocks.compare(net, variables)

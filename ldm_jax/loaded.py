@@ -8,8 +8,9 @@ import functools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -31,6 +32,14 @@ from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint, sharding
 
 STRENGTH = 0.75  # of an --init_image that has no mask
+
+
+class LoadedAutoencoder(NamedTuple):
+    """A first stage alone, which draws nothing."""
+
+    config: ml_collections.ConfigDict
+    net: nn.Module
+    first_stage: first_stage_lib.FirstStage
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -356,6 +365,9 @@ class LoadedModel:
         return draw_lib.Classifier(self.classifier, labels, scale)
 
 
+Loaded = LoadedModel | LoadedAutoencoder
+
+
 def _size_of(model: model_lib.LatentDiffusion) -> tuple[int, int]:
     factor = first_stage_lib.downsampling(model.autoencoder)
     h, w = model.latent_shape[:2]
@@ -400,6 +412,13 @@ def load_first_stage(
         mean=jnp.asarray(meta["latent"]["mean"], jnp.float32),
         std=jnp.asarray(meta["latent"]["std"], jnp.float32),
     )
+
+
+def load_autoencoder(workdir: pathlib.Path) -> LoadedAutoencoder:
+    """Loads a finished run of stage one alone."""
+    config = workdir_lib.read_config(workdir)
+    net = model_lib.build_autoencoder(config)
+    return LoadedAutoencoder(config, net, load_first_stage(workdir, config))
 
 
 def _placed(abstract: Any, mesh: jax.sharding.Mesh | None) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 from safetensors import numpy as safetensors_numpy
 
+from ldm_jax import first_stage as first_stage_lib
 from ldm_jax import loaded
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.config import UserError
@@ -26,11 +27,16 @@ from ldm_jax.nets import autoencoder, clip_vision, dpt, embedders, prior, text_e
 META = {"format": "pt"}  # readers of torch ask for it
 
 
-def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
+def write_file(model: loaded.Loaded, path: pathlib.Path) -> None:
     """Writes a run as a checkpoint of CompVis or Stability, whole or not at all.
 
-    Raises UserError for nets that have no such layout.
+    A first stage alone has no prefix there. Raises UserError for nets that have no such
+    layout.
     """
+    if isinstance(model, loaded.LoadedAutoencoder):
+        variables = {"params": model.first_stage.params}
+        _save(networks.export_network(model.net, variables, "compvis"), path)
+        return
     check(model)
     params, scale_factor = first_stage(model)
     arrays = {
@@ -54,8 +60,7 @@ def write_file(model: loaded.LoadedModel, path: pathlib.Path) -> None:
                 " ldm_jax.convert.export_network"
             )
         arrays |= own
-    with written(path) as partial:
-        safetensors_numpy.save_file(arrays, partial, META)
+    _save(arrays, path)
 
 
 def check(model: loaded.LoadedModel) -> None:
@@ -171,7 +176,25 @@ def _folded(params: Mapping[str, Any], mean: np.ndarray, std: np.ndarray) -> dic
     return {**params, **jax.tree.map(np.float32, folded)}
 
 
+def one_scale_factor(first_stage: first_stage_lib.FirstStage) -> float:
+    """The number that brings latents to unit variance, all channels taken together.
+
+    As LDM measures it (`scale_by_std`), of the mean and spread of each channel; where a
+    number was imported, that one.
+    """
+    mean, std = (np.asarray(x, np.float64) for x in (first_stage.mean, first_stage.std))
+    if not mean.any() and np.all(std == std[0]):
+        return _reciprocal(std[0])
+    variance = np.mean(std**2 + mean**2) - np.mean(mean) ** 2
+    return float(1 / np.sqrt(variance))
+
+
 # --- files
+
+
+def _save(arrays: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
+    with written(path) as partial:
+        safetensors_numpy.save_file(dict(arrays), partial, META)
 
 
 @contextlib.contextmanager

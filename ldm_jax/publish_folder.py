@@ -55,11 +55,19 @@ class Pipeline(NamedTuple):
     more: Mapping[str, Any] = {}
 
 
-def write(model: loaded.LoadedModel, path: pathlib.Path) -> None:
+def write(model: loaded.Loaded, path: pathlib.Path) -> None:
     """Writes a run as a pipeline of diffusers, whole or not at all.
 
-    Raises UserError where diffusers has no pipeline of these conditions and nets.
+    A first stage alone becomes what is the folder `vae` of one. Raises UserError where
+    diffusers has no pipeline of these conditions and nets.
     """
+    if isinstance(model, loaded.LoadedAutoencoder):
+        scale_factor = publish.one_scale_factor(model.first_stage)
+        params, size = model.first_stage.params, model.config.resolution
+        part = _first_stage(model.net, params, scale_factor, size)
+        with publish.written(path) as partial:
+            part.write(partial)
+        return
     publish.check(model)
     kinds = tuple(sorted(c.kind for c in model.config.conditioners.values()))
     if kinds not in _MAKERS:
@@ -250,26 +258,25 @@ def _core(model: loaded.LoadedModel, first_name: str) -> dict[str, Part]:
             "autoencoder.kind: 'identity', but these pipelines of diffusers decode"
             f" latents; {_FILE_INSTEAD}"
         )
-    first_stage, scale_factor = publish.first_stage(model)
-    configs = {
-        "unet": write_config.unet_of(nets.unet, side),
-        first_name: write_config.autoencoder_of(
-            nets.autoencoder, scale_factor, model.config.resolution
+    params, scale_factor = publish.first_stage(model)
+    size = model.config.resolution
+    return {
+        "unet": _part_of_diffusers(
+            nets.unet, write_config.unet_of(nets.unet, side), model.params["unet"]
         ),
+        first_name: _first_stage(nets.autoencoder, params, scale_factor, size),
+        "scheduler": _scheduler(model),
     }
-    params = {"unet": model.params["unet"], first_name: first_stage}
-    parts = {
-        name: Part(
-            "diffusers",
-            config["_class_name"],
-            config | _VERSION,
-            _arrays(net, params[name], "diffusers"),
-        )
-        for (name, config), net in zip(
-            configs.items(), (nets.unet, nets.autoencoder), strict=True
-        )
-    }
-    return parts | {"scheduler": _scheduler(model)}
+
+
+def _first_stage(net: Any, params: Any, scale_factor: float, size: int) -> Part:
+    config = write_config.autoencoder_of(net, scale_factor, size)
+    return _part_of_diffusers(net, config, params)
+
+
+def _part_of_diffusers(net: Any, config: Mapping[str, Any], params: Any) -> Part:
+    arrays = _arrays(net, params, "diffusers")
+    return Part("diffusers", config["_class_name"], {**config, **_VERSION}, arrays)
 
 
 def _stable_diffusion(model: loaded.LoadedModel) -> tuple[dict[str, Part], str]:

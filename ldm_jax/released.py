@@ -428,23 +428,26 @@ def load(
     With a `mesh` its params are spread over it as they would be in training.
     """
     source, config = settle(path, spec)
-    place = on_device if mesh is None else on_mesh(mesh)
-    return in_memory(open_parts(source, config, place=place))
-
-
-def in_memory(opened: Opened) -> loaded_lib.LoadedModel:
-    """A released model as one that was trained here."""
-    config, nets, tokenizer_of, parts = opened
-    if nets is None:
+    if "diffusion" not in config.stages:
         raise UserError(
             "SRC: a first stage alone, which draws nothing; make a run of it with"
             " python -m ldm_jax.convert, and train with --config.autoencoder_from=RUN"
         )
+    place = on_device if mesh is None else on_mesh(mesh)
+    return in_memory(open_parts(source, config, place=place))
+
+
+def in_memory(opened: Opened) -> loaded_lib.Loaded:
+    """A released model as one that was trained here."""
+    config, nets, tokenizer_of, parts = opened
     first_stage = first_stage_lib.FirstStage(
         params=parts.first_stage.get("autoencoder", {}),
         **{k: jnp.array(v, jnp.float32) for k, v in _statistics(config, parts).items()},
         encoders=parts.encoders,
     )
+    if nets is None:
+        net = model_lib.build_autoencoder(config)
+        return loaded_lib.LoadedAutoencoder(config, net, first_stage)
     steps = config.diffusion_stage.steps
     return loaded_lib.LoadedModel(
         config, nets, parts.diffusion, first_stage, steps, tokenizer_of

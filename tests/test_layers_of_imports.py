@@ -53,8 +53,8 @@ ONLY_IN = {
     "tensorflow": {"data", "train"},
     "tensorflow_datasets": {"data", "train"},
     "clu": {"train"},
-    "torch": {"convert/check.py"},
-    "diffusers": {"convert/check.py"},
+    "torch": {"convert/check.py", "convert/references.py"},
+    "diffusers": {"convert/references.py"},
     "jax._src": set(),
 }
 

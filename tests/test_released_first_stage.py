@@ -112,16 +112,72 @@ def test_training_takes_it_by_its_name(tmp_path, made, monkeypatch):
         loop.check(wrong, tmp_path / "wrong")
 
 
-@pytest.mark.parametrize("flag", ["x.safetensors", "--diffusers", "--check"])
-def test_it_draws_nothing(tmp_path, made, capsys, flag):
-    if flag == "--check":
-        pytest.importorskip("diffusers")
-    source = str(made[2]["compvis"])
-    words = [str(tmp_path / "x"), flag] if flag[0] == "-" else [str(tmp_path / flag)]
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(SystemExit):
-        convert_main.main([source, *words])
-    assert "a first stage alone, which draws nothing" in capsys.readouterr().err
-    assert sorted(tmp_path.iterdir()) == before
-    with pytest.raises(UserError, match="draws nothing"):
-        ldm_jax.load(source)
+def test_it_draws_nothing(made):
+    with pytest.raises(UserError, match="SRC: a first stage alone, which draws noth"):
+        ldm_jax.load(made[2]["compvis"])
+
+
+def test_it_goes_from_layout_to_layout(tmp_path, made, capsys):
+    net, params, paths = made
+    folder, file = tmp_path / "to" / "vae", tmp_path / "to" / "kl.safetensors"
+    factor = "--scale_factor=0.18215"
+    convert_main.main([str(paths["compvis"]), str(folder), "--diffusers", factor])
+    said = json.loads((folder / "config.json").read_text())
+    assert said["scaling_factor"] == 0.18215 and said["_class_name"] == "AutoencoderKL"
+    convert_main.main([str(folder), str(file)])
+    assert "without its scale_factor 0.18215" in capsys.readouterr().out
+    for path in (folder / "diffusion_pytorch_model.safetensors", file):
+        _, found = convert.import_network(path)
+        jax.tree.map(np.testing.assert_array_equal, found["params"], params)
+    keys = safetensors_numpy.load_file(paths["compvis"]).keys()
+    bare = {key for key in keys if not key.startswith("loss.")}
+    assert safetensors_numpy.load_file(file).keys() == bare
+
+
+def _finished(workdir, net, params, mean, std):
+    """What training leaves of stage one."""
+    config = config_lib.load(f"{runs.AUTOENCODER}:debug", [f"autoencoder.ch={net.ch}"])
+    path = workdir_lib.config_path(workdir)
+    workdir_lib.write_text(path, config_lib.to_json(config))
+    latent = {"mean": mean, "std": std}
+    tree = {"autoencoder": params}
+    checkpoint.save_params(workdir / "autoencoder", tree, 7, latent=latent)
+
+
+def test_one_that_was_trained_here_goes_out(tmp_path, made, capsys):
+    net, params, _ = made
+    c = net.embed_dim
+    mean, std = np.linspace(-0.5, 2, c), np.linspace(0.5, 3, c)
+    run = tmp_path / "run"
+    _finished(run, net, params, mean.tolist(), std.tolist())
+    convert_main.main([str(run), str(tmp_path / "x.safetensors")])
+    convert_main.main([str(run), str(tmp_path / "out")])
+    _, found = convert.import_network(tmp_path / "x.safetensors")
+    jax.tree.map(np.testing.assert_array_equal, found["params"], params)
+    # As LDM measures the spread of all latents, of channels as these are.
+    z = np.random.default_rng(0).normal(size=(100_000, c)) * std + mean
+    said = json.loads((tmp_path / "out" / "config.json").read_text())
+    np.testing.assert_allclose(said["scaling_factor"], 1 / z.std(), rtol=5e-3)
+    assert f"scale_factor {said['scaling_factor']:.6g}" in capsys.readouterr().out
+    diffusers = pytest.importorskip("diffusers")
+    torch = pytest.importorskip("torch")
+    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path / "out")
+    z = np.random.default_rng(1).normal(size=(1, 4, 4, c)).astype(np.float32)
+    with torch.no_grad():
+        expected = theirs.decode(torch.from_numpy(z.transpose(0, 3, 1, 2))).sample
+    ours = net.apply({"params": params}, z, method="decode")
+    expected = expected.numpy().transpose(0, 2, 3, 1)
+    np.testing.assert_allclose(ours, expected, atol=5e-5)
+
+
+@pytest.mark.parametrize("layout", ["compvis", "folder"])
+def test_it_is_checked(tmp_path, made, capsys, layout):
+    pytest.importorskip("diffusers")
+    flags = ["--check", *(["--scale_factor=1"] if layout == "compvis" else [])]
+    convert_main.main([str(made[2][layout]), str(tmp_path / "run"), *flags])
+    said = capsys.readouterr().out
+    assert "| autoencoder | encoder/conv_in |" in said
+    assert "| autoencoder | decoder/conv_out |" in said
+    assert "differs" not in said
+    convert_main.main([str(tmp_path / "run"), str(tmp_path / "out"), "--check"])
+    assert capsys.readouterr().out.count("| autoencoder |") == said.count("| autoenc")

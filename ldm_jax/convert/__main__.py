@@ -7,7 +7,8 @@ SRC, or the YAML that came with it (--config=v1-inference.yaml, or of SRC's name
 it); without either SRC is recognised by its keys and shapes. Every array must fit.
 
 Where DST ends in .safetensors it becomes a checkpoint in CompVis' layout instead, and
-with --diffusers a folder for diffusers. Runs go out in the same two ways:
+with --diffusers a folder for diffusers. Runs go out in the same two ways, those of
+stage one alone as an autoencoder alone:
 
 python -m ldm_jax.convert RUN DST
 """
@@ -22,7 +23,7 @@ from ldm_jax import config as config_lib
 from ldm_jax.config import UserError
 
 if TYPE_CHECKING:
-    from ldm_jax import released
+    from ldm_jax import loaded, released
 
 FILE = ".safetensors"
 
@@ -69,30 +70,42 @@ def main(argv: Sequence[str] | None = None) -> None:
 def convert(args: argparse.Namespace, rest: Sequence[str]) -> None:
     """What the command does; raises UserError before anything is written."""
     from ldm_jax import check, loaded, publish, publish_folder, released, workdir
-    from ldm_jax.convert import check as blocks
+    from ldm_jax.convert import references
 
     config_lib.setup_logging()
     destination = _destination(args)
     if args.check:
-        blocks.libraries()
+        references.libraries()
     of_run = workdir.is_run(pathlib.Path(args.src))
     if of_run:
         _check_no_options(args, rest)
-        model, name = loaded.load(args.src), args.src
+        model, name = _of_run(pathlib.Path(args.src)), args.src
     else:
         opened = _released(args, rest)
         name = f"{args.src} as {opened.config.preset}"
         if destination.suffix == FILE or args.diffusers or args.check:
             model = released.in_memory(opened)
+    said = f"{name} in {destination}"
     if destination.suffix == FILE:
         publish.write_file(model, destination)
+        if isinstance(model, loaded.LoadedAutoencoder):  # of which no key tells it
+            factor = publish.one_scale_factor(model.first_stage)
+            said += f", without its scale_factor {factor:.6g}"
     elif of_run or args.diffusers:
         publish_folder.write(model, destination)
     else:
         released.write(destination, opened)
-    print(f"{name} in {destination}")
+    print(said)
     if args.check:
         check.check(model)
+
+
+def _of_run(workdir: pathlib.Path) -> "loaded.Loaded":
+    from ldm_jax import loaded
+    from ldm_jax import workdir as workdir_lib
+
+    of_both = "diffusion" in workdir_lib.read_config(workdir)
+    return loaded.load(workdir) if of_both else loaded.load_autoencoder(workdir)
 
 
 def _destination(args: argparse.Namespace) -> pathlib.Path:

@@ -1,14 +1,13 @@
-"""Our nets beside those of diffusers and transformers, block by block, on equal inputs.
+"""Our nets beside those of torch, block by block, on equal inputs.
 
-Weights go there by `networks.export_network`, options by `write_config`. A block's
-counterpart is the module under which all of its parameters are, by the rules of the
-export. Needs torch, here alone in the package, and only while it runs.
+Weights go there by `networks.export_network`. A block's counterpart is the module under
+which all of its parameters are, by the rules of the export. Needs torch, only while it
+runs.
 """
 
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import flax
@@ -18,12 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import depth, networks, plans, text_encoders, write_config
-from ldm_jax.convert import diffusers as names
-from ldm_jax.nets import autoencoder, clip_vision, dpt, layers, t5, text_encoder, unet
+from ldm_jax.convert import networks, plans, references
 
 Variables = Mapping[str, Any]
-State = Mapping[str, np.ndarray]
 
 
 class Row(NamedTuple):
@@ -35,273 +31,46 @@ class Row(NamedTuple):
     std: float
 
 
-def compare_unet(
-    net: unet.UNet,
-    variables: Variables,
-    *,
-    state_dict: State | None = None,
-    seed: int = 0,
-) -> list[Row]:
-    """A row for each block of a UNet, in the order in which it computes.
-
-    Theirs takes `state_dict`, in diffusers' keys, such as the file that `variables`
-    came from; else their export. Latents and conditions are random.
-    UserError where torch or diffusers is missing, or diffusers has no such net.
-    """
-    torch, diffusers, _ = libraries()
-    size = max(8, 2 ** (len(net.channel_mult) - 1))
-    config = write_config.unet_of(net, size)
-    rng = np.random.default_rng(seed)
-    x = _normal(rng, 2, size, size, net.in_channels)
-    t = np.array([801, 7], np.int32)
-    y, given = _labels(net, rng)
-    context = None
-    if net.use_spatial_transformer:
-        context = given["encoder_hidden_states"] = _normal(rng, 2, 5, net.context_dim)
-    given = jax.tree.map(torch.from_numpy, given | {"timestep": t})
-    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
-    _load(theirs, state_dict or networks.export_network(net, variables, "diffusers"))
-    run = partial(theirs, _nchw(x), **given)
-    return _called(net, variables, "diffusers", (x, t, context, y), theirs, run)
-
-
-def compare_autoencoder(
-    net: autoencoder.Autoencoder,
-    variables: Variables,
-    *,
-    state_dict: State | None = None,
-    seed: int = 0,
-) -> list[Row]:
-    """A row for each block of the encoder and then of the decoder; as `compare_unet`.
-
-    The picture is random; both decoders see our encoder's latent.
-    """
-    _, diffusers, _ = libraries()
-    size = 8 * 2 ** (len(getattr(net, "ch_mult", ())) - 1)
-    config = write_config.autoencoder_of(net, 1.0, size)
-    x = _normal(np.random.default_rng(seed), 2, size, size, net.in_channels)
-    plan = networks.plan_of(net, "diffusers", variables["params"])
-    theirs = getattr(diffusers, config["_class_name"]).from_config(config)
-    state = state_dict or networks.export_network(net, variables, "diffusers")
-    _load(theirs, names.modern(state))
-    z = net.apply({}, net.apply(variables, x, method="encode"), method="latent")
-    z = np.asarray(z, np.float32)
-    encoded = _rows(
-        plan.rules,
-        lambda keep: _ours(net, variables, keep, "encode", x),
-        theirs,
-        lambda: theirs.encode(_nchw(x)),
-    )
-    return encoded + _rows(
-        plan.rules,
-        lambda keep: _ours(net, variables, keep, "decode", z),
-        theirs,
-        lambda: theirs.decode(_nchw(z)),
-    )
-
-
-def compare_clip_text(
-    net: text_encoder.CLIPTextTransformer,
-    variables: Variables,
-    *,
-    state_dict: State | None = None,
-    seed: int = 0,
-) -> list[Row]:
-    """A row for each block that `net` runs of CLIP's text tower; as `compare_unet`.
-
-    `state_dict` is in the keys of transformers, and may have more in it.
-    """
-    torch, _, transformers = libraries()
-    whole = net.clone(depth=net.blocks, layer="last", final_norm=True, normalize=False)
-    config = write_config.clip_text_of(whole)
-    tokens = np.random.default_rng(seed).integers(
-        0, net.vocab_size - 1, (2, net.max_seq_len), np.int32
-    )
-    tokens[:, -1] = net.vocab_size - 1  # the text's end
-    norm = {"scale": np.ones(net.dim), "bias": np.zeros(net.dim)}
-    params = {"norm_out": norm} | dict(variables["params"])
-    plan = networks.plan_of(whole, "huggingface", params)
-    cls = getattr(transformers, config["architectures"][0])
-    theirs = cls(cls.config_class(**config))
-    state = state_dict or networks.export_network(
-        whole, {"params": params}, "huggingface"
-    )
-    _load(theirs, state)
-    return _rows(
-        plan.rules,
-        lambda keep: _ours(net, variables, keep, "__call__", tokens),
-        theirs,
-        lambda: theirs(torch.from_numpy(tokens).long()),
-    )
-
-
-def compare_clip_vision(
-    net: clip_vision.CLIPVisionTransformer,
-    variables: Variables,
-    *,
-    state_dict: State | None = None,
-    seed: int = 0,
-) -> list[Row]:
-    """A row for each block of CLIP's picture tower; as `compare_clip_text`."""
-    *_, transformers = libraries()
-    config = write_config.clip_vision_of(net)
-    side = net.image_size
-    x = _normal(np.random.default_rng(seed), 2, side, side, 3)
-    theirs = transformers.CLIPVisionModelWithProjection(
-        transformers.CLIPVisionConfig(**config)
-    )
-    _load(theirs, state_dict or networks.export_network(net, variables, "huggingface"))
-    run = partial(theirs, _nchw(x))
-    return _called(net, variables, "huggingface", (x,), theirs, run)
-
-
-def compare_dpt(
-    net: dpt.DPTHybrid,
-    variables: Variables,
-    *,
-    state_dict: State | None = None,
-    seed: int = 0,
-) -> list[Row]:
-    """A row for each block of MiDaS's DPT-hybrid; as `compare_clip_text`."""
-    *_, transformers = libraries()
-    side = max(64, 16 * net.grid // 32 * 32)
-    x = _normal(np.random.default_rng(seed), 2, side, side, 3)
-    config = transformers.DPTConfig(**write_config.dpt_of(net))
-    theirs = transformers.DPTForDepthEstimation(config)
-    state = state_dict or networks.export_network(net, variables, "huggingface")
-    _load(theirs, state, spare=depth.UNUSED)
-    run = partial(theirs, _nchw(x))
-    rows = _called(net, variables, "huggingface", (x,), theirs, run)
-    # Their norm of the stem is one with the activation behind it.
-    return [row for row in rows if row.block != "stem_norm"]
-
-
-def compare_t5(
-    net: t5.T5Encoder,
-    variables: Variables,
-    *,
-    state_dict: State | None = None,
-    seed: int = 0,
-) -> list[Row]:
-    """A row for each block of T5's encoder; as `compare_clip_text`."""
-    torch, _, transformers = libraries()
-    tokens = _tokens(net.vocab_size, 12, seed)
-    theirs = transformers.T5EncoderModel(
-        transformers.T5Config(**write_config.t5_of(net))
-    )
-    state = state_dict or networks.export_network(net, variables, "huggingface")
-    _load(theirs, text_encoders.with_shared(state))
-    run = partial(theirs, torch.from_numpy(tokens).long())
-    return _called(net, variables, "huggingface", (tokens,), theirs, run)
-
-
-def compare_bert(
-    net: text_encoder.TextTransformer,
-    variables: Variables,
-    *,
-    state_dict: State | None = None,
-    seed: int = 0,
-) -> list[Row]:
-    """A row for each block of LDM's text encoder; as `compare_unet`."""
-    torch, *_ = libraries()
-    from diffusers.pipelines.latent_diffusion import pipeline_latent_diffusion as ldm
-
-    tokens = _tokens(net.vocab_size, net.max_seq_len, seed)
-    theirs = ldm.LDMBertModel(ldm.LDMBertConfig(**write_config.ldm_bert_of(net)))
-    state = state_dict or networks.export_network(net, variables, "diffusers")
-    # The head is of its training, which predicted the text, and is not computed.
-    _load(theirs, state, spare=r"to_logits\..*")
-    run = partial(theirs.model, torch.from_numpy(tokens).long())
-    return _called(net, variables, "diffusers", (tokens,), theirs, run)
-
-
-def libraries() -> tuple[Any, Any, Any]:
-    """torch, diffusers and transformers; UserError where one is missing."""
-    try:
-        import diffusers
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"--check: {error.name} is not installed; pip install 'ldm_jax[parity]'"
-        ) from error
-    return torch, diffusers, transformers
-
-
-# --- inputs
-
-
-def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return rng.normal(size=shape).astype(np.float32)
-
-
-def _tokens(vocabulary: int, length: int, seed: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, vocabulary, (2, length), np.int32)
-
-
-def _nchw(x: np.ndarray):
-    import torch
-
-    return torch.from_numpy(np.moveaxis(x, -1, 1).copy())
-
-
-def _labels(net: unet.UNet, rng: np.random.Generator) -> tuple[Any, dict[str, Any]]:
-    """(y, what diffusers is given for it)."""
-    if net.num_classes is None:
-        return None, {}
-    if net.adm_in_channels in names.SDXL_WIDTHS:
-        text = _normal(rng, 2, 1280)
-        sizes = _normal(rng, 2, (net.adm_in_channels - 1280) // 256)
-        waves = np.asarray(layers.timestep_embedding(sizes.ravel(), 256))
-        y = np.concatenate([text, waves.reshape(2, -1)], axis=-1)
-        return y, {"added_cond_kwargs": {"text_embeds": text, "time_ids": sizes}}
-    if isinstance(net.num_classes, int):
-        y = np.array([0, net.num_classes - 1], np.int32)
-    elif net.num_classes == "timestep":
-        y = np.array([3, 250], np.float32)
-    else:
-        y = _normal(rng, 2, net.adm_in_channels or 1)
-    return y, {"class_labels": y}
-
-
-# --- both sides
-
-
-def _called(
+def compare(
     net: nn.Module,
     variables: Variables,
-    layout: str,
-    args: tuple,
-    theirs: Any,
-    run_theirs: Callable[[], Any],
+    *,
+    state_dict: references.State | None = None,
+    seed: int = 0,
 ) -> list[Row]:
-    """Rows of a net that is called with `args`, by its export's rules."""
-    return _rows(
-        networks.plan_of(net, layout, variables["params"]).rules,
-        lambda keep: _ours(net, variables, keep, "__call__", *args),
-        theirs,
-        run_theirs,
+    """A row for each block of a net, in the order in which it computes.
+
+    UNets, autoencoders (encoder, then decoder), text encoders, picture and depth
+    towers, the prior, class embedders, rescalers. Theirs takes `state_dict`, in its own
+    keys, such as the file that `variables` came from; else their export. Inputs are
+    random. UserError where torch, diffusers or transformers is missing, or has no such
+    net.
+    """
+    reference = references.of(net, variables["params"], seed)
+    layout, params = reference.layout, reference.params
+    state = state_dict or networks.export_network(
+        reference.net, {"params": params}, layout
     )
-
-
-def _rows(
-    rules: Iterable[plans.Rule],
-    ours: Callable[[Iterable[str]], dict[str, np.ndarray]],
-    theirs: Any,
-    run_theirs: Callable[[], Any],
-) -> list[Row]:
-    """Rows of all blocks that both compute; theirs sets the order."""
-    modules = _modules(rules)
-    here = ours(modules.keys())
-    there = _theirs(theirs, {module: b for b, module in modules.items()}, run_theirs)
+    _load(reference.theirs, reference.complete(state), reference.spare)
+    modules = _modules(networks.plan_of(reference.net, layout, params).rules)
+    blocks = {module: b for b, module in modules.items() if b not in reference.unlike}
     rows = []
-    for block, theirs_out in there.items():
-        if block not in here:
-            continue
-        difference = np.abs(np.asarray(here[block], np.float32) - theirs_out)
-        numbers = difference.max(), difference.mean(), theirs_out.std()
-        rows.append(Row(block, *map(float, numbers)))
+    for call in reference.calls:
+        here = _ours(net, variables, modules, call.method, *call.args)
+        there = _theirs(reference.theirs, blocks, call.theirs)
+        rows += [
+            _row(block, here[block], out)  # theirs sets the order
+            for block, out in there.items()
+            if block in here
+        ]
     return rows
+
+
+def _row(block: str, ours: np.ndarray, theirs: np.ndarray) -> Row:
+    """`theirs` may lack an axis of length 1."""
+    difference = np.abs(np.asarray(ours, np.float32) - theirs.reshape(ours.shape))
+    numbers = difference.max(), difference.mean(), theirs.std()
+    return Row(block, *map(float, numbers))
 
 
 def _modules(rules: Iterable[plans.Rule]) -> dict[str, str]:
@@ -371,7 +140,7 @@ def _theirs(model: Any, blocks: Mapping[str, str], run: Callable[[], Any]):
     return found
 
 
-def _load(model: Any, state: State, spare: str = "") -> None:
+def _load(model: Any, state: references.State, spare: str = "") -> None:
     """Gives `model` its arrays out of `state`, which may hold more.
 
     Those whose whole key has the pattern `spare` keep their values where it has none.

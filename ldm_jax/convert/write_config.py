@@ -10,7 +10,16 @@ from typing import Any
 
 from ldm_jax.config import UserError
 from ldm_jax.convert import diffusers
-from ldm_jax.nets import autoencoder, clip_vision, dpt, t5, text_encoder, unet
+from ldm_jax.nets import (
+    autoencoder,
+    clip_autoencoder,
+    clip_vision,
+    dpt,
+    prior,
+    t5,
+    text_encoder,
+    unet,
+)
 
 
 def _refuse(net: Any, faults: dict[str, str]) -> None:
@@ -224,7 +233,8 @@ def autoencoder_of(
     `scaling_factor` is what latents are multiplied with before diffusion,
     `sample_size` the side of the pictures.
     """
-    if not isinstance(net, autoencoder.Autoencoder):
+    of_clip = isinstance(net, clip_autoencoder.ClipAutoencoder)
+    if of_clip or not isinstance(net, autoencoder.Autoencoder):
         raise UserError(
             f"autoencoder: a {type(net).__name__} is not in diffusers; leave it out"
         )
@@ -404,4 +414,31 @@ def ldm_bert_of(net: text_encoder.TextTransformer) -> dict[str, Any]:
         "activation_function": "gelu",
         "dropout": 0.0,
         "pad_token_id": 0,
+    }
+
+
+# --- priors
+
+
+def prior_of(net: prior.PriorTransformer) -> dict[str, Any]:
+    """config.json of PriorTransformer."""
+    if net.vector_dim is None or net.context_dim != net.in_channels:
+        raise UserError(
+            f"vector_dim, context_dim: {net.vector_dim} and {net.context_dim}, but the"
+            " prior of diffusers has a pooled vector, and texts as wide as latents"
+            f" ({net.in_channels})"
+        )
+    return {
+        "_class_name": "PriorTransformer",
+        "num_attention_heads": net.heads,
+        "attention_head_dim": net.dim_head,
+        "num_layers": net.depth,
+        "embedding_dim": net.in_channels,
+        "num_embeddings": net.context_length,
+        # Beside the text's: its vector, the timestep, the latent, the query.
+        "additional_embeddings": 2 + net.positions + net.query,
+        "added_emb_type": "prd" if net.query else None,
+        "embedding_proj_dim": net.vector_dim,
+        "clip_embed_dim": net.out_channels,
+        "dropout": 0.0,
     }

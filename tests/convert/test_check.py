@@ -10,7 +10,18 @@ from ldm_jax import check as of_runs
 from ldm_jax import convert, loaded
 from ldm_jax.config import UserError
 from ldm_jax.convert import check
-from ldm_jax.nets import autoencoder, clip_vision, dpt, t5, text_encoder, unet
+from ldm_jax.nets import (
+    autoencoder,
+    clip_autoencoder,
+    clip_vision,
+    discriminator,
+    dpt,
+    embedders,
+    prior,
+    t5,
+    text_encoder,
+    unet,
+)
 from tests import runs
 from tests.nets import test_dpt
 
@@ -37,6 +48,16 @@ VQ = autoencoder.VQModel(ch=32, ch_mult=(1, 2), num_res_blocks=1, n_embed=16)
 BERT = text_encoder.TextTransformer(50, 9, 16, 2, heads=3, dim_head=8)
 PICTURE = clip_vision.CLIPVisionTransformer(32, 8, 64, 2, 4, 24, "gelu")
 T5 = t5.T5Encoder(50, 16, 2, 4, 8, 24)
+PRIOR = prior.PriorTransformer(
+    in_channels=12,
+    out_channels=12,
+    context_dim=12,
+    context_length=7,
+    vector_dim=10,
+    depth=2,
+    heads=2,
+    dim_head=16,
+)
 TEXT = text_encoder.CLIPTextTransformer(50, 9, 64, depth=3, heads=4)
 
 
@@ -81,7 +102,7 @@ def _wrong(rows):
     ],
 )
 def test_all_blocks_of_a_unet_are_compared(net):
-    rows = check.compare_unet(net, _of_unet(net))
+    rows = check.compare(net, _of_unet(net))
     _agree(rows)
     resample = ["down_0_downsample", "up_1_upsample"]
     label = ["label_embed_0", "label_embed_1"]
@@ -98,7 +119,7 @@ def test_all_blocks_of_a_unet_are_compared(net):
 
 @pytest.mark.parametrize("net", [KL, VQ], ids=["kl", "vq"])
 def test_encoder_and_decoder_are_compared(net):
-    rows = check.compare_autoencoder(net, _variables(net, np.zeros((1, 8, 8, 3))))
+    rows = check.compare(net, _variables(net, np.zeros((1, 8, 8, 3))))
     _agree(rows)
     mid = ["mid_res_0", "mid_attn", "mid_res_1"]
     encoder = ["conv_in", "down_0_res_0", "down_0_downsample", "down_1_res_0", *mid]
@@ -126,40 +147,99 @@ def test_encoder_and_decoder_are_compared(net):
 )
 def test_the_blocks_that_a_text_tower_runs_are_compared(options, wanted):
     net = TEXT.clone(**options)
-    rows = check.compare_clip_text(net, _variables(net, np.zeros((1, 9), np.int32)))
+    rows = check.compare(net, _variables(net, np.zeros((1, 9), np.int32)))
     _agree(rows)
     assert [row.block for row in rows] == wanted
 
 
 @pytest.mark.parametrize(
-    ("net", "compare", "wanted"),
+    ("net", "wanted"),
     [
-        (BERT, check.compare_bert, ["layer_0", "layer_1", "norm_out"]),
-        (T5, check.compare_t5, ["layer_0", "layer_1", "norm_out"]),
-        (T5.clone(gated=False), check.compare_t5, ["layer_0", "layer_1", "norm_out"]),
+        (BERT, ["layer_0", "layer_1", "norm_out"]),
+        (T5, ["layer_0", "layer_1", "norm_out"]),
+        (T5.clone(gated=False), ["layer_0", "layer_1", "norm_out"]),
         (
             PICTURE,
-            check.compare_clip_vision,
             ["patch", "norm_in", "layer_0", "layer_1", "norm_out", "projection"],
         ),
     ],
 )
-def test_other_towers_are_compared(net, compare, wanted):
+def test_other_towers_are_compared(net, wanted):
     picture = net is PICTURE
     x = np.zeros((1, 32, 32, 3), np.float32) if picture else np.zeros((1, 9), np.int32)
     variables = _variables(net, x)
-    rows = compare(net, variables)
+    rows = check.compare(net, variables)
     _agree(rows)
     assert [row.block for row in rows] == wanted
     layout = "diffusers" if net is BERT else "huggingface"
     state = convert.export_network(net, variables, layout)
     variables["params"]["layer_1"]["ff_out"]["kernel"][0, 0] += 1.0
-    assert _wrong(compare(net, variables, state_dict=state))[0] == "layer_1"
+    assert _wrong(check.compare(net, variables, state_dict=state))[0] == "layer_1"
+
+
+@pytest.mark.parametrize("query", [True, False])
+def test_a_prior_is_compared(query):
+    net = PRIOR if query else PRIOR.clone(query=False, positions=4)
+    variables = _of_unet(net)
+    rows = check.compare(net, variables)
+    _agree(rows)
+    assert [row.block for row in rows] == [
+        *("time_embed_0", "time_embed_1", "text_vector", "text_tokens", "proj_in"),
+        *("block_0", "block_1", "conv_out"),
+    ]
+    state = convert.export_network(net, variables, "diffusers")
+    variables["params"]["block_1"]["ff_out"]["bias"][0] += 1.0
+    wrong = _wrong(check.compare(net, variables, state_dict=state))
+    assert wrong == ["block_1", "conv_out"]
+
+
+@pytest.mark.parametrize("option", [dict(vector_dim=None), dict(context_dim=8)])
+def test_a_prior_that_diffusers_has_not(option):
+    net = PRIOR.clone(**option)
+    with pytest.raises(UserError, match="vector_dim, context_dim: .* of diffusers has"):
+        check.compare(net, _of_unet(net))
+
+
+@pytest.mark.parametrize(
+    ("method", "multiplier"),
+    [("nearest", 0.5), ("bilinear", 0.75), ("bicubic", 0.5), ("adaptive", 0.5)],
+)
+def test_a_rescaler_is_compared(method, multiplier):
+    net = embedders.SpatialRescaler(2, method, multiplier, 4, method == "nearest")
+    variables = _variables(net, np.zeros((1, 8, 8, 3), np.float32))
+    (row,) = check.compare(net, variables)
+    assert row.block == "channel_mapper"
+    _agree([row])
+    state = convert.export_network(net, variables, "compvis")
+    variables["params"]["channel_mapper"]["kernel"][0, 0] += 1.0
+    assert _wrong(check.compare(net, variables, state_dict=state)) == ["channel_mapper"]
+
+
+def test_a_class_embedder_is_compared():
+    net = embedders.ClassEmbedder(3, 5)
+    variables = _variables(net, np.zeros((1,), np.int32))
+    (row,) = check.compare(net, variables)
+    assert (row.block, row.max_difference) == ("embed", 0.0)
+    state = convert.export_network(net, variables, "compvis")
+    variables["params"]["embed"]["embedding"] += 1.0
+    assert _wrong(check.compare(net, variables, state_dict=state)) == ["embed"]
+
+
+def test_what_has_no_reference_says_so():
+    net = discriminator.PatchDiscriminator()
+    with pytest.raises(UserError, match="no reference for a PatchDiscriminator"):
+        check.compare(net, {"params": {}})
+    net = clip_autoencoder.ClipAutoencoder(ch=32, ch_mult=(1, 2), tower=PICTURE)
+    with pytest.raises(UserError, match="a ClipAutoencoder is not in diffusers"):
+        check.compare(net, {"params": {}})
+    net = embedders.SpatialRescaler(2, "lanczos", 0.5, 4)
+    with pytest.raises(UserError, match="method: 'lanczos', which torch has not"):
+        check.compare(net, _variables(net, np.zeros((1, 8, 8, 3), np.float32)))
 
 
 def test_depth_is_compared():
     variables = _variables(test_dpt.TINY, np.zeros((1, 64, 64, 3), np.float32))
-    rows = check.compare_dpt(test_dpt.TINY, variables)
+    rows = check.compare(test_dpt.TINY, variables)
     _agree([row for row in rows if row.block != "head_2"])  # which may be small
     assert rows[-1].block == "head_2" and rows[-1].max_difference < ATOL
     assert {"stem_conv", "stage_1_block_0", "layer_3", "fusion_0"} <= {
@@ -167,7 +247,7 @@ def test_depth_is_compared():
     }
     state = convert.export_network(test_dpt.TINY, variables, "huggingface")
     variables["params"]["layer_1"]["ff_out"]["kernel"][0, 0] += 1.0
-    wrong = _wrong(check.compare_dpt(test_dpt.TINY, variables, state_dict=state))
+    wrong = _wrong(check.compare(test_dpt.TINY, variables, state_dict=state))
     assert wrong[0] == "layer_1" and wrong[-1] == "head_2"
     net = dpt.DepthMap(test_dpt.TINY, (4, 4))
     variables = {"params": {"tower": variables["params"]}}
@@ -190,7 +270,7 @@ def test_a_unet_that_was_changed_is_found_in_the_block(path, first):
     for name in path:
         leaf = leaf[name]
     leaf.flat[0] += 1.0
-    rows = check.compare_unet(UNET, variables, state_dict=state)
+    rows = check.compare(UNET, variables, state_dict=state)
     assert _wrong(rows)[0] == first
 
 
@@ -198,7 +278,7 @@ def test_a_first_stage_that_was_changed_is_found_in_the_block():
     variables = _variables(KL, np.zeros((1, 8, 8, 3)))
     state = convert.export_network(KL, variables, "diffusers")
     variables["params"]["decoder"]["mid_attn"]["q"]["kernel"] += 1.0
-    wrong = _wrong(check.compare_autoencoder(KL, variables, state_dict=state))
+    wrong = _wrong(check.compare(KL, variables, state_dict=state))
     assert wrong[0] == "decoder/mid_attn"
 
 
@@ -207,21 +287,21 @@ def test_a_text_tower_that_was_changed_is_found_in_the_block():
     whole = _variables(TEXT, np.zeros((1, 9), np.int32))
     state = convert.export_network(TEXT, whole, "huggingface")
     del whole["params"]["layer_2"]
-    assert _wrong(check.compare_clip_text(net, whole, state_dict=state)) == []
+    assert _wrong(check.compare(net, whole, state_dict=state)) == []
     whole["params"]["layer_1"]["ff_out"]["bias"][0] += 1.0
-    wrong = _wrong(check.compare_clip_text(net, whole, state_dict=state))
+    wrong = _wrong(check.compare(net, whole, state_dict=state))
     assert wrong[0] == "layer_1"
 
 
 def test_a_file_that_lacks_arrays_is_refused():
     with pytest.raises(UserError, match="state_dict: .*conv_in.bias"):
-        check.compare_unet(UNET, _of_unet(UNET), state_dict={"x": np.zeros(1)})
+        check.compare(UNET, _of_unet(UNET), state_dict={"x": np.zeros(1)})
 
 
 def test_without_torch_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"torch.*ldm_jax\[parity\]"):
-        check.compare_unet(UNET, _of_unet(UNET))
+        check.compare(UNET, _of_unet(UNET))
     with pytest.raises(UserError, match=r"torch.*ldm_jax\[parity\]"):
         of_runs.check(None)
 
