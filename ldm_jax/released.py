@@ -467,6 +467,16 @@ def write(workdir: pathlib.Path, opened: Opened, option: str = "DST") -> None:
 
     UserErrors name `option`.
     """
+    try:
+        _write(workdir, opened, option)
+    except checkpoint.DiskFullError as error:  # whose words are for training
+        raise UserError(
+            f"{option}: the disk of {workdir} is full; free some space, then run the"
+            " same command again"
+        ) from error
+
+
+def _write(workdir: pathlib.Path, opened: Opened, option: str) -> None:
     config, _, tokenizer_of, parts = opened
     with workdir_lib.whole(workdir, option) as partial:
         for name, tokenizer in tokenizer_of.items():

@@ -327,6 +327,7 @@ UNET, VAE, TEXT = (f"{part}/config.json" for part in ("unet", "vae", "text_encod
     [
         (_lacking("vae"), "vae has no weights in it, though model_index.json lists"),
         (_lacking("scheduler"), f"{PROCESS} is not there, though model_index.json"),
+        (_lacking("tokenizer"), "tokenizer is not there, though model_index.json lis"),
         (_lacking(UNET), "unet/config.json is not there, though model_index.json"),
         (_lacking(VAE), "vae/config.json is not there, though model_index.json lists"),
         (_lacking(TEXT), "text_encoder/config.json is not there, though model_index"),
@@ -335,6 +336,7 @@ UNET, VAE, TEXT = (f"{part}/config.json" for part in ("unet", "vae", "text_encod
         (_with(PROCESS, beta_schedule="sigmoid"), "beta_schedule 'sigmoid'"),
         (_with(PROCESS, prediction_type="flow"), "prediction_type 'flow'"),
         (_with(PROCESS, beta_schedule=["linear"]), "beta_schedule ['linear']; only"),
+        (_with(PROCESS, timestep_spacing=["x"]), "timestep_spacing ['x']; choose one"),
         (_with(PROCESS, beta_start="x"), "beta_start 'x'; give a number above 0 and"),
         (_with(PROCESS, beta_end=20), "beta_end 20; give a number above 0 and at most"),
         (_with(PROCESS, num_train_timesteps="ten"), "'ten'; give a whole number"),

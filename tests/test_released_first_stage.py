@@ -1,5 +1,6 @@
 """A first stage alone, in CompVis' keys or diffusers', as a run that others take."""
 
+import collections
 import json
 import warnings
 
@@ -115,6 +116,18 @@ def test_training_takes_it_by_its_name(tmp_path, made, monkeypatch):
 def test_it_draws_nothing(made):
     with pytest.raises(UserError, match="SRC: a first stage alone, which draws noth"):
         ldm_jax.load(made[2]["compvis"])
+
+
+def test_a_full_disk_is_a_line(tmp_path, made, capsys, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")(10**9, 10**9, 1000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    before = sorted(tmp_path.iterdir())
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit):
+        convert_main.main([str(made[2]["folder"]), str(run)])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: DST: the disk of {run} is full; free some space")
+    assert said.count("\n") == 1 and sorted(tmp_path.iterdir()) == before
 
 
 def test_it_goes_from_layout_to_layout(tmp_path, made, capsys):

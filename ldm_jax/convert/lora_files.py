@@ -340,6 +340,14 @@ def _config_of(net: Net, told: Mapping[str, Any]) -> dict[str, Any]:
     for field, value in alphas.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"its config has {field} {value!r:.60}; give a number")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(
+                f"its config has alpha_pattern {pattern!r:.60}, which is no regular"
+                f" expression ({error}); mend it"
+            ) from error
     return config | {"alpha_pattern": patterns}
 
 

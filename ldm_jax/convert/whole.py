@@ -48,6 +48,7 @@ _SCHEDULER = "scheduler_config.json"
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 # What diffusers' schedulers name, as our configs do.
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
+SPACINGS = ("leading", "trailing", "linspace")
 SCHEDULES = {
     "scaled_linear": "linear",
     "linear": "sqrt_linear",
@@ -153,6 +154,11 @@ def read_folder(path: pathlib.Path, option: str) -> Whole:
         settings = _read_json(scheduler, option)
         process, spacing = _process(settings), _spacing(settings, str(pipeline))
     tokenizer = path / "tokenizer"
+    if "tokenizer" in listed and not tokenizer.is_dir():
+        raise UserError(
+            f"{option}: {tokenizer} is not there, though {INDEX} lists it; fetch the"
+            " whole folder"
+        )
     return Whole(
         arrays,
         process,
@@ -363,6 +369,10 @@ def _spacing(scheduler: _Settings, pipeline: str) -> str | None:
     """
     settings = scheduler.values
     theirs = settings.get("timestep_spacing", "leading")
+    if theirs not in SPACINGS:
+        raise scheduler.wrong(
+            "timestep_spacing", f"choose one of {', '.join(SPACINGS)}"
+        )
     if settings.get("_class_name") != "DDIMScheduler":
         return theirs if theirs == "trailing" else None
     # The pipelines of Stable Diffusion set the offset to 1, and don't clip.

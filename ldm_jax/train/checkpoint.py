@@ -35,6 +35,10 @@ class DamagedError(Exception):
     """A checkpoint whose files are there but don't hold what was saved."""
 
 
+class DiskFullError(UserError):
+    """A disk without room for a checkpoint."""
+
+
 def _leaf_fingerprint(x: jax.Array) -> jax.Array:
     bits = (
         jax.lax.bitcast_convert_type(
@@ -113,7 +117,7 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         if free < need:
-            raise UserError(
+            raise DiskFullError(
                 f"--workdir: {self.folder} has {free / 1e6:.0f} MB free and a"
                 f" checkpoint needs {need / 1e6:.0f} MB; free some space or lower"
                 " report.max_to_keep, then run the same command to go on"
@@ -255,7 +259,7 @@ def _disk_errors(folder: pathlib.Path):
             full = isinstance(cause, OSError) and cause.errno in _FULL
             # TensorStore raises a ValueError with the system's words in it.
             if full or any(os.strerror(n) in str(cause) for n in _FULL):
-                raise UserError(
+                raise DiskFullError(
                     f"--workdir: the disk of {folder} is full; what was saved before"
                     " is intact: free some space, then run the same command to go on"
                 ) from error
