@@ -31,13 +31,12 @@ from ldm_jax import model as model_lib
 from ldm_jax import workdir as workdir_lib
 from ldm_jax.conditioning import tokenizers
 from ldm_jax.config import UserError
-from ldm_jax.convert import networks, original_yaml, plans, towers, whole
+from ldm_jax.convert import averages, networks, original_yaml, plans, towers, whole
 from ldm_jax.convert.whole import FIRST_STAGE, UNET
 from ldm_jax.diffusion import schedules
 from ldm_jax.nets import autoencoder
 from ldm_jax.train import checkpoint, sharding
 
-AVERAGE = "model_ema.diffusion_model"  # then the key without its dots
 # All that such a state dict may hold besides the nets and their averages.
 BUFFERS = (
     r"betas|alphas_cumprod(_prev)?|sqrt_.*|log_one_minus_alphas_cumprod|posterior_.*"
@@ -82,7 +81,8 @@ def open_source(source: str) -> whole.Whole:
         path = hub.pipeline(source, "SRC") or path
     if whole.is_folder(path):
         return whole.read_folder(path, "SRC")
-    return whole.Whole(whole.with_prefix(frozen_lib.read(source, "SRC")))
+    arrays = whole.with_prefix(frozen_lib.read(source, "SRC"))
+    return whole.Whole(whole.without_copy(arrays, "SRC"))
 
 
 def on_device(path: str, array: np.ndarray) -> jax.Array:
@@ -108,7 +108,8 @@ def read(
 ) -> Parts:
     """The params of `model` from all that a source has, of a first stage where None.
 
-    `averaged` takes the UNet's moving average where the file has one. With
+    `averaged` takes the moving average of the UNet, or of a first stage alone, where
+    the file has one. With
     `allow_missing` what the UNet and the autoencoder lack is drawn as for training, and
     warned of. `place` puts params where they shall be, by default on the first device.
     Raises UserError where the file is of another model, or has more in it than is
@@ -130,7 +131,8 @@ def read(
         diffusion, encoders = _second_stage(
             source, config, model, averaged, allow_missing, place
         )
-    first_stage = _first_stage(source, config, allow_missing, place)
+    alone = model is None and averaged
+    first_stage = _first_stage(source, config, alone, allow_missing, place)
     if scale_factor is None:
         scale_factor = _scale_factor(source, config)
     return Parts(first_stage, diffusion, encoders, scale_factor)
@@ -157,7 +159,9 @@ def _second_stage(
             "the UNet",
             _params_of,
             model.unet,
-            _unet(state_dict, averaged),
+            averages.of(averages.UNET, state_dict)
+            if averaged
+            else whole.under(state_dict, UNET),
             place,
             fresh_unet if allow_missing else None,
         ),
@@ -190,6 +194,7 @@ def _second_stage(
 def _first_stage(
     source: whole.Whole,
     config: ml_collections.ConfigDict,
+    averaged: bool,
     allow_missing: bool,
     place: plans.Place,
 ) -> dict[str, Any]:
@@ -201,7 +206,10 @@ def _first_stage(
         key = jax.random.key(config.seed)
         return model_lib.init_autoencoder(config, net, key)[0]["autoencoder"]
 
-    own = whole.under(source.arrays, FIRST_STAGE)
+    if averaged:
+        own = averages.of(averages.FIRST_STAGE_ALONE, source.arrays)
+    else:
+        own = whole.under(source.arrays, FIRST_STAGE)
     init = fresh if allow_missing else None
     params = _part("the autoencoder", _params_of, net, own, place, init)
     return {"autoencoder": params}
@@ -246,20 +254,6 @@ def _check_shapes(
         raise UserError(
             "SRC: the nets are not those of --config; give another of either"
         )
-
-
-def _unet(state_dict: Mapping[str, np.ndarray], averaged: bool) -> dict[str, Any]:
-    own = whole.under(state_dict, UNET)
-    if not averaged or not any(key.startswith(AVERAGE) for key in state_dict):
-        return own
-    averages = {key: AVERAGE + key.replace(".", "") for key in own}
-    missing = [key for key in averages.values() if key not in state_dict]
-    if missing:
-        raise UserError(
-            f"SRC: the UNet's average lacks {len(missing)} arrays, such as"
-            f" {missing[0]!r}; take the raw weights with --raw_weights"
-        )
-    return {key: state_dict[average] for key, average in averages.items()}
 
 
 def _params_of(

@@ -118,6 +118,35 @@ def test_it_draws_nothing(made):
         ldm_jax.load(made[2]["compvis"])
 
 
+@pytest.mark.parametrize("flags", [[], ["--raw_weights"]])
+def test_its_average_is_taken_unless_told(tmp_path, made, flags, capsys):
+    _, params, paths = made
+    arrays = safetensors_numpy.load_file(paths["compvis"])
+    nets = {k: v for k, v in arrays.items() if not k.startswith("loss.")}
+    average = {f"model_ema.{k.replace('.', '')}": v + 1 for k, v in nets.items()}
+    average["model_ema.decay"] = np.array(0.999, np.float32)
+    path = tmp_path / "averaged.safetensors"
+    safetensors_numpy.save_file(arrays | average, path)
+    words = [str(path), str(tmp_path / "run"), "--scale_factor=1", *flags]
+    convert_main.main(words)
+    more = 0 if flags else 1
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b + more),
+        _first_stage(tmp_path / "run").params,
+        params,
+    )
+    del average["model_ema.decoderconv_inbias"]
+    safetensors_numpy.save_file(arrays | average, path)
+    words[1] = str(tmp_path / "another")
+    if flags:
+        convert_main.main(words)
+        return
+    with pytest.raises(SystemExit):
+        convert_main.main(words)
+    said = capsys.readouterr().err
+    assert "the autoencoder's average lacks 1 arrays, such as 'first_stage_" in said
+
+
 def test_a_full_disk_is_a_line(tmp_path, made, capsys, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")(10**9, 10**9, 1000)
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)

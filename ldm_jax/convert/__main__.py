@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--config", help="FILE.py[:PRESET][,key=value] or the original YAML"
     )
     parser.add_argument(
-        "--raw_weights", action="store_true", help="the UNet's own, not their average"
+        "--raw_weights", action="store_true", help="the net's own, not their average"
     )
     parser.add_argument(
         "--scale_factor", type=float, help="of latents, where the file has none"

@@ -114,6 +114,30 @@ def with_prefix(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return arrays
 
 
+def without_copy(
+    arrays: Mapping[str, np.ndarray], option: str
+) -> dict[str, np.ndarray]:
+    """A file's arrays, without the first stage where it is the condition's net too.
+
+    torch lists a shared net (`cond_stage_config: __is_first_stage__`, as LDM inpaints)
+    under both names. Raises UserError, which names `option`, where the two differ.
+    """
+    copies = {
+        key: FIRST_STAGE + key.removeprefix(CONDITIONS[0])
+        for key in arrays
+        if key.startswith(CONDITIONS[0])
+    }
+    if not arrays.keys() >= set(copies.values()):
+        return dict(arrays)
+    for key, own in copies.items():
+        if not np.array_equal(arrays[key], arrays[own]):
+            raise UserError(
+                f"{option}: {key} and {own} are two names of one array, but differ;"
+                " give the file as it was trained"
+            )
+    return {key: value for key, value in arrays.items() if key not in copies}
+
+
 def is_folder(path: pathlib.Path) -> bool:
     """Whether diffusers has saved a pipeline or a first stage there."""
     return (path / INDEX).is_file() or _is_first_stage(path)
