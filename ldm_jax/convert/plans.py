@@ -6,6 +6,7 @@ under unprefixed torch keys (no `model.diffusion_model.` etc.).
 """
 
 import concurrent.futures
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -99,7 +100,24 @@ def plain_rules(
 
 
 def abstract_params(net: nn.Module, *args, **kwargs) -> dict[str, tuple[int, ...]]:
-    """{"path/of/param": shape} of a net, without computing anything."""
+    """{"path/of/param": shape} of a net, without computing anything.
+
+    `args` are arrays or their shapes. A net is traced once: of a real UNet that takes a
+    second, and one import asks several times.
+    """
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    given = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves)
+    try:
+        hash(net)
+    except TypeError:  # of lists among its options
+        return _abstract_params.__wrapped__(net, tree, given)
+    return dict(_abstract_params(net, tree, given))
+
+
+@functools.lru_cache(maxsize=64)
+def _abstract_params(net, tree, given) -> dict[str, tuple[int, ...]]:
+    leaves = [jax.ShapeDtypeStruct(*shape) for shape in given]
+    args, kwargs = jax.tree.unflatten(tree, leaves)
     shapes = jax.eval_shape(
         lambda a, k: net.init(jax.random.key(0), *a, **k), args, kwargs
     )
