@@ -8,15 +8,16 @@ from collections.abc import Iterator, Sequence
 from ldm_jax.config import UserError
 from ldm_jax.convert import whole
 
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO = re.compile(r"[\w.-]+/[\w.-]+(:[\w./-]+)?")
 # Parts without weights, then weights of full precision; nothing of other frameworks.
 _SETTINGS = (whole.INDEX, "*/*.json", "tokenizer/*")
 _WEIGHTS = ("*.safetensors", "*.bin")  # the second where there is none of the first
+_OF_DIFFUSERS = tuple(f"diffusion_pytorch_model{p[1:]}" for p in _WEIGHTS)
 _ASIDE = ("safety_checker/*", "*.fp16.*", "*non_ema*", "*/flax*", "*/openvino*")
 
 
 def is_id(source: str) -> bool:
-    """Whether a name could be that of a repo, OWNER/NAME."""
+    """Whether a name could be that of a repo, OWNER/NAME, or of a part :SUBFOLDER."""
     return _REPO.fullmatch(source) is not None
 
 
@@ -38,7 +39,7 @@ def pipeline(source: str, option: str) -> pathlib.Path | None:
 
     UserError, which names `option`, where there is no such repo or no network.
     """
-    if not is_id(source):
+    if not is_id(source) or ":" in source:
         return None
     if _fetched(source, source, whole.INDEX, option) is None:
         return None
@@ -55,6 +56,27 @@ def pipeline(source: str, option: str) -> pathlib.Path | None:
         if any(folder.glob(f"unet/{pattern}")):
             break
     return folder
+
+
+def first_stage(source: str, option: str) -> pathlib.Path | None:
+    """The folder of diffusers' autoencoder in REPO or REPO:SUBFOLDER, fetched.
+
+    None where there is none of it, such as a repo of something else. UserError, which
+    names `option`, where there is no such repo or no network.
+    """
+    if not is_id(source):
+        return None
+    repo, _, subfolder = source.partition(":")
+
+    def fetched(name):
+        return _fetched(source, repo, name, option, subfolder=subfolder or None)
+
+    config = fetched("config.json")
+    if config is None or not whole.is_folder(config.parent):
+        return None
+    if not any(map(fetched, _OF_DIFFUSERS)):
+        raise UserError(f"{option}: {source!r} has no {' or '.join(_OF_DIFFUSERS)}")
+    return config.parent
 
 
 def _fetched(source, repo, name, option, **place) -> pathlib.Path | None:

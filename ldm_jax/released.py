@@ -78,7 +78,7 @@ def open_source(source: str) -> whole.Whole:
     """What a file, a folder of diffusers or a hub id of either holds."""
     path = pathlib.Path(source).expanduser()
     if not path.exists():
-        path = hub.pipeline(source, "SRC") or path
+        path = hub.pipeline(source, "SRC") or hub.first_stage(source, "SRC") or path
     if whole.is_folder(path):
         return whole.read_folder(path, "SRC")
     arrays = whole.with_prefix(frozen_lib.read(source, "SRC"))

@@ -28,12 +28,16 @@ FILES = (
 def repo(tmp_path, monkeypatch):
     """Puts `there` files on the hub as org/name; gives where they are fetched to."""
 
+    fetched = []
+
     def make(there):
-        def download(name, filename):
+        def download(name, filename, subfolder=None):
             if name != "org/name":
                 raise errors.LocalEntryNotFoundError("no network\nat all")
+            filename = f"{subfolder}/{filename}" if subfolder else filename
             if filename not in there:
                 raise errors.EntryNotFoundError("no such file")
+            fetched.append(filename)
             return str(tmp_path / filename)
 
         def snapshot(name, allow_patterns, ignore_patterns):
@@ -50,6 +54,7 @@ def repo(tmp_path, monkeypatch):
 
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+        return fetched
 
     return make
 
@@ -72,6 +77,29 @@ def test_torch_s_files_are_taken_where_there_are_no_others(repo):
     repo([f for f in FILES if not f.endswith(".safetensors")])
     folder = hub.pipeline("org/name", "SRC")
     assert "unet/diffusion_pytorch_model.bin" in _fetched(folder)
+
+
+@pytest.mark.parametrize("part", ["", "vae"])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_a_first_stage_alone_is_fetched(repo, tmp_path, part, suffix, monkeypatch):
+    """As stabilityai/sd-vae-ft-mse is, or from the folder of a pipeline."""
+    made = tmp_path / part
+    made.mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    (made / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
+    prefix, source = (f"{part}/", f"org/name:{part}") if part else ("", "org/name")
+    weights = f"{prefix}diffusion_pytorch_model.{suffix}"
+    fetched = repo([f"{prefix}config.json", weights, f"{prefix}flax_model.msgpack"])
+    assert released.is_source(source) and hub.pipeline(source, "SRC") is None
+    assert hub.first_stage(source, "SRC") == made
+    assert fetched == [f"{prefix}config.json", weights]
+    with pytest.raises(UserError, match=f"^SRC: .*{made}.* has no weights in it"):
+        released.open_source(source)  # the file is only a name here
+    repo([f"{prefix}config.json"])
+    with pytest.raises(UserError, match="has no diffusion_pytorch_model.safetensors"):
+        hub.first_stage(source, "SRC")
+    (made / "config.json").write_text('{"model_type": "clip"}')
+    assert hub.first_stage(source, "SRC") is None
 
 
 def test_what_is_no_pipeline_is_left_to_others(repo):

@@ -2,7 +2,7 @@
 
 Either names a run, or a released model as `python -m ldm_jax.convert` takes it: a file,
 a folder of diffusers or a hub id. Of that a run is made once, in
-~/.cache/ldm_jax/released or $LDM_JAX_DATA/released, and found there the next time.
+~/.cache/ldm_jax/data/released or $LDM_JAX_DATA/released, and found there the next time.
 """
 
 import copy
