@@ -2,7 +2,8 @@
 
 `--config.init_from=runs/openmoji` takes that run's averaged params, its tokenizers, its
 frozen nets that fit and, unless `autoencoder_from` names another, its first stage; of a
-released model a run is made first, see origin.py. Conditions that it does not have
+released model a run is made first, see origin.py. A condition's net that is frozen
+there may be trained here, or the other way round. Conditions that it does not have
 begin untrained, and the UNet's new input channels at zero, so that at first it draws as
 it did: a text-to-image model becomes one of inpainting or depth. With
 `--config.init_channels=tiled` the old channels are repeated for the new ones instead.
@@ -92,7 +93,22 @@ def encoders(
         params = frozen_lib.read_params(path) if path.is_file() else None
         if params is not None and jax.tree.map(np.shape, params) == shapes[name]:
             found[name] = params
-    return found
+    return found | _trained(config, {k: shapes[k] for k in names if k not in found})
+
+
+def _trained(
+    config: ml_collections.ConfigDict, shapes: Mapping[str, Any]
+) -> dict[str, Any]:
+    """{name: params} of nets with `shapes` that are frozen here and trained there."""
+    if not shapes:
+        return {}
+    saved, theirs = _checkpoints(config)
+    there = jax.tree.map(np.shape, theirs["conditioners"])
+    names = [name for name, shape in shapes.items() if there.get(name) == shape]
+    if not names:
+        return {}
+    params, _ = saved.load_averaged(checkpoint.single_device(theirs))
+    return {name: params["conditioners"][name] for name in names}
 
 
 def adopt_first_stage(config: ml_collections.ConfigDict) -> None:
@@ -115,7 +131,7 @@ def check(config: ml_collections.ConfigDict, fresh: Any) -> None:
     if how not in (None, "tiled"):
         raise UserError(f"init_channels: {how!r}; choose None (zeros) or tiled")
     _, theirs = _checkpoints(config)
-    old, new = _flat(theirs), _flat(fresh)
+    old, new = _flat(_for(config, fresh, theirs)), _flat(fresh)
     there, here = ({_part(path) for path in tree} for tree in (old, new))
     missing = [path for path in new if path not in old and _part(path) in there]
     extra = [path for path in old if path not in new and _part(path) in here]
@@ -143,7 +159,7 @@ def start(config: ml_collections.ConfigDict, fresh: Any) -> dict[str, Any]:
     """`fresh` params with the averaged ones of that run in their places."""
     saved, abstract = _checkpoints(config)
     theirs, _ = saved.load_averaged(_placed_like(abstract, fresh))
-    old, new = _flat(theirs), _flat(fresh)
+    old, new = _flat(_for(config, fresh, theirs)), _flat(fresh)
     how = config.get("init_channels")
     said = _described(old, new, how or "at zero")
     report.say(f"diffusion: starts from {config.init_from}{said}")
@@ -154,6 +170,24 @@ def start(config: ml_collections.ConfigDict, fresh: Any) -> dict[str, Any]:
                 found = widen(np.asarray(found), value.shape[2], how)
             new[path] = found
     return _nested(new, like=fresh)
+
+
+def _for(config: ml_collections.ConfigDict, fresh: Any, theirs: Any) -> dict[str, Any]:
+    """`theirs` with the conditions' nets that `fresh` has, frozen there or trained.
+
+    Those that are frozen here are left out, see `encoders`.
+    """
+    run, here = origin.run_of(config, "init_from"), fresh["conditioners"]
+    conditioners = {
+        name: params
+        for name, params in theirs["conditioners"].items()
+        if name in here or name not in config.conditioners
+    }
+    for name in here:
+        path = frozen_lib.copy_path(run, name)
+        if name not in conditioners and path.is_file():
+            conditioners[name] = frozen_lib.read_params(path)
+    return {**theirs, "conditioners": conditioners}
 
 
 def _placed_like(abstract: Any, fresh: Any) -> Any:
@@ -198,7 +232,7 @@ def load_base(
         flat = _flat(frozen_lib.read_params(path))
         return _nested(flat, like=shapes)
     saved, theirs = _checkpoints(config)
-    left = _described(_flat(theirs), _flat(shapes))
+    left = _described(_flat(_for(config, shapes, theirs)), _flat(shapes))
     if left:
         raise UserError(
             f"init_from: starting from {config.init_from} means{left}, which lora or"
@@ -206,7 +240,7 @@ def load_base(
             " nets and conditions, or train without them"
         )
     params, _ = saved.load_averaged(checkpoint.single_device(theirs))
-    return params
+    return _nested(_flat(_for(config, shapes, params)), like=shapes)
 
 
 def _checkpoints(config: ml_collections.ConfigDict) -> tuple[Any, Any]:

@@ -52,6 +52,56 @@ def test_the_same_nets_start_from_what_was_trained(other, capsys):
     assert capsys.readouterr().out == f"diffusion: starts from {other}\n"
 
 
+def _with_tower(*overrides, trainable):
+    config = runs.debug(*overrides)
+    config.conditioners.text.trainable = trainable
+    config.conditioners.text.net = dict(kind="clip", dim=32, depth=1, heads=2)
+    return config
+
+
+def test_what_is_frozen_there_may_be_trained_here(tmp_path, capsys):
+    """As the text tower of Stable Diffusion; by factors of low rank too."""
+    other = tmp_path / "other"
+    runs.untrained(other, _with_tower(trainable=False))
+    config = _with_tower(f"init_from={other}", trainable=True)
+    model, fresh = _fresh(config)
+    tower = runs.random_like(fresh["conditioners"]["text"])
+    frozen.write(other, {"text": tower})
+    finetune.check(config, fresh)
+    started = finetune.start(config, fresh)
+    assert capsys.readouterr().out == f"diffusion: starts from {other}\n"
+    jax.tree.map(np.testing.assert_array_equal, started["conditioners"]["text"], tower)
+    unet = _averaged(other, "diffusion", {**fresh, "conditioners": {}})["unet"]
+    jax.tree.map(np.testing.assert_array_equal, started["unet"], unet)
+
+    config.diffusion_stage.lora.rank = 2
+    base, _ = finetune.prepare(config, model, tmp_path / "heir", {}, {})
+    jax.tree.map(np.testing.assert_array_equal, base, started)
+    wider = _with_tower(f"init_from={other}", trainable=True)
+    wider.conditioners.text.net.depth = 2
+    with pytest.raises(UserError, match="init_from: that run's nets are not these"):
+        finetune.check(wider, _fresh(wider)[1])
+
+
+def test_what_is_trained_there_may_be_frozen_here(tmp_path, capsys):
+    other = tmp_path / "other"
+    runs.untrained(other, _with_tower(trainable=True))
+    config = _with_tower(f"init_from={other}", trainable=False)
+    model, fresh = _fresh(config)
+    finetune.check(config, fresh)
+    found = finetune.encoders(config, model, tmp_path / "heir")
+    like = _fresh(_with_tower(trainable=True))[1]
+    theirs = _averaged(other, "diffusion", like)
+    expected = {"text": theirs["conditioners"]["text"]}
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    started = finetune.start(config, fresh)
+    assert capsys.readouterr().out == f"diffusion: starts from {other}\n"
+    assert started["conditioners"] == {}
+    config.diffusion_stage.lora.rank = 2
+    base, _ = finetune.prepare(config, model, tmp_path / "heir", found, {})
+    jax.tree.map(np.testing.assert_array_equal, base, started)
+
+
 def test_new_input_channels_change_nothing_at_first(other, capsys):
     """Text to image as the start of depth to image."""
     length = runs.debug().conditioners.text.length
