@@ -133,9 +133,9 @@ def _under(prefix: str, net: Any, variables: Any, layout: str) -> dict[str, Any]
 def first_stage(model: loaded.LoadedModel) -> tuple[Mapping[str, Any], float]:
     """The autoencoder's params, and the number that latents are multiplied by."""
     frozen = model.first_stage
-    mean, std = (np.asarray(x, np.float64) for x in (frozen.mean, frozen.std))
-    if not mean.any() and np.all(std == std[0]):
-        return frozen.params, _reciprocal(std[0])
+    mean, std, factor = _statistics(frozen)
+    if factor is not None:
+        return frozen.params, factor
     net = model.model.autoencoder
     if not isinstance(net, autoencoder.AutoencoderKL) or not net.use_quant_convs:
         raise UserError(
@@ -182,11 +182,20 @@ def one_scale_factor(first_stage: first_stage_lib.FirstStage) -> float:
     As LDM measures it (`scale_by_std`), of the mean and spread of each channel; where a
     number was imported, that one.
     """
-    mean, std = (np.asarray(x, np.float64) for x in (first_stage.mean, first_stage.std))
-    if not mean.any() and np.all(std == std[0]):
-        return _reciprocal(std[0])
+    mean, std, factor = _statistics(first_stage)
+    if factor is not None:
+        return factor
     variance = np.mean(std**2 + mean**2) - np.mean(mean) ** 2
     return float(1 / np.sqrt(variance))
+
+
+def _statistics(
+    first_stage: first_stage_lib.FirstStage,
+) -> tuple[np.ndarray, np.ndarray, float | None]:
+    """(mean, std, the one number that stands for both, as of what was imported)"""
+    mean, std = (np.asarray(x, np.float64) for x in (first_stage.mean, first_stage.std))
+    even = not mean.any() and np.all(std == std[0])
+    return mean, std, _reciprocal(std[0]) if even else None
 
 
 # --- files

@@ -159,9 +159,7 @@ def _second_stage(
             "the UNet",
             _params_of,
             model.unet,
-            averages.of(averages.UNET, state_dict)
-            if averaged
-            else whole.under(state_dict, UNET),
+            averages.of(averages.UNET, state_dict, averaged),
             place,
             fresh_unet if allow_missing else None,
         ),
@@ -206,10 +204,7 @@ def _first_stage(
         key = jax.random.key(config.seed)
         return model_lib.init_autoencoder(config, net, key)[0]["autoencoder"]
 
-    if averaged:
-        own = averages.of(averages.FIRST_STAGE_ALONE, source.arrays)
-    else:
-        own = whole.under(source.arrays, FIRST_STAGE)
+    own = averages.of(averages.FIRST_STAGE_ALONE, source.arrays, averaged)
     init = fresh if allow_missing else None
     params = _part("the autoencoder", _params_of, net, own, place, init)
     return {"autoencoder": params}

@@ -132,33 +132,6 @@ def test_the_conditions_of_other_tasks_go_there_and_back(tmp_path, task):
     _same(ldm_jax.load(tmp_path / "x.safetensors", config=spec), model)
 
 
-def test_a_first_stage_that_is_there_twice_is_read_once(tmp_path, capsys):
-    """LDM's inpainting encodes what is known by it, and torch saves both names."""
-    config = config_lib.load(f"{runs.CONFIGS / 'inpainting'}.py:debug")
-    config.conditioners.known.convention = "ldm"
-    runs.untrained(tmp_path / "run", config)
-    model = ldm_jax.load(tmp_path / "run")
-    c = model.model.latent_shape[-1]
-    publish.write_file(_scaled(model, [0.0] * c, [1.0] * c), tmp_path / "x.safetensors")
-    arrays = safetensors_numpy.load_file(tmp_path / "x.safetensors")
-    first = {k: v for k, v in arrays.items() if k.startswith(whole.FIRST_STAGE)}
-    copy = {k.replace("first_stage", "cond_stage"): v for k, v in first.items()}
-    safetensors_numpy.save_file(arrays | copy, tmp_path / "twice.safetensors")
-    heads = model.model.unet.num_head_channels
-    heads = f"--config.unet.num_head_channels={heads}"
-    groups = f"--config.autoencoder.norm_groups={model.model.autoencoder.norm_groups}"
-    source = str(tmp_path / "twice.safetensors")
-    convert_main.main([source, str(tmp_path / "again"), heads, groups])
-    again = ldm_jax.load(tmp_path / "again")
-    assert again.config.conditioners.known.convention == "ldm"
-    _same(again, _scaled(model, [0.0] * c, [1.0] * c))
-    key = "cond_stage_model.decoder.conv_in.bias"
-    copy[key] = copy[key] + 1
-    safetensors_numpy.save_file(arrays | copy, tmp_path / "twice.safetensors")
-    with pytest.raises(UserError, match=f"^SRC: {key} and .* two names of one array"):
-        ldm_jax.load(source)
-
-
 def test_a_tower_that_stops_early_goes_there_and_back(tmp_path):
     config = _config(
         "diffusion.schedule=cosine", activation="gelu", layer="penultimate"

@@ -295,6 +295,33 @@ def test_conditions_of_other_tasks_are_in_the_file_too(tmp_path, task, plan):
     assert parts.encoders == {} and parts.scale_factor == 1.0
 
 
+def test_a_first_stage_that_is_there_twice_is_read_once(tmp_path):
+    """LDM's inpainting encodes what is known by it, and torch saves both names."""
+    config = config_lib.load(f"{runs.CONFIGS / 'inpainting'}.py:debug")
+    config.conditioners.known.convention = "ldm"
+    runs.untrained(tmp_path / "run", config)
+    loaded = ldm_jax.load(tmp_path / "run")
+    arrays = {key: np.asarray(value) for key, value in _file_of(loaded).items()}
+    first = {k: v for k, v in arrays.items() if k.startswith(whole.FIRST_STAGE)}
+    arrays |= {k.replace("first_stage", "cond_stage"): v for k, v in first.items()}
+    path = tmp_path / "twice.safetensors"
+    safetensors_numpy.save_file(arrays, path)
+    # What no array tells.
+    heads = f"--config.unet.num_head_channels={loaded.model.unet.num_head_channels}"
+    groups = f"--config.autoencoder.norm_groups={loaded.model.autoencoder.norm_groups}"
+    convert_main.main([str(path), str(tmp_path / "again"), heads, groups])
+    again = ldm_jax.load(tmp_path / "again")
+    assert again.config.conditioners.known.convention == "ldm"
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+    params = (model.first_stage.params for model in (again, loaded))
+    jax.tree.map(np.testing.assert_array_equal, *params)
+    key = "cond_stage_model.decoder.conv_in.bias"
+    arrays[key] = arrays[key] + 1
+    safetensors_numpy.save_file(arrays, path)
+    with pytest.raises(UserError, match=f"^SRC: {key} and .* two names of one array"):
+        ldm_jax.load(path)
+
+
 def test_scale_factors_are_of_autoencoders_that_there_are():
     assert set(released.SCALE_FACTORS) <= set(autoencoder.VARIANTS)
     config = config_lib.load(f"{runs.CONFIGS / 'upscale.py'}:x4")

@@ -27,16 +27,18 @@ FIRST_STAGE_ALONE = Averaged(
 )
 
 
-def of(net: Averaged, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+def of(
+    net: Averaged, state_dict: Mapping[str, Any], averaged: bool = True
+) -> dict[str, Any]:
     """A net's arrays without prefix, their averages in their places where it has some.
 
-    UserError where some are lacking.
+    Where not `averaged`, the raw ones. UserError where some averages are lacking.
     """
     own, size = whole.under(state_dict, net.prefix), len(net.averages)
     averages = {
         k[size:]: v for k, v in state_dict.items() if k.startswith(net.averages)
     }
-    if not averages:
+    if not averages or not averaged:
         return own
     short = {key: key.replace(".", "") for key in own}
     missing = [

@@ -342,7 +342,7 @@ def _config_of(net: Net, told: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"its config has {field} {value!r:.60}; give a number")
     for pattern in patterns:
         try:
-            re.compile(pattern)
+            _of_modules(pattern)
         except re.error as error:
             raise UserError(
                 f"its config has alpha_pattern {pattern!r:.60}, which is no regular"
@@ -400,12 +400,17 @@ def _alpha(key: str, rank: int, metadata: Mapping[str, Any]) -> float:
     alpha = metadata.get("lora_alpha")
     alpha = rank if alpha is None else alpha
     for pattern, value in metadata["alpha_pattern"].items():
-        if re.match(rf"(.*\.)?({pattern})$", key):  # as PEFT looks it up
+        if _of_modules(pattern).match(key):
             alpha = value
             break
     if metadata.get("use_rslora"):  # divides by the root of the rank
         alpha = alpha * math.sqrt(rank)
     return float(alpha)
+
+
+def _of_modules(pattern: str) -> re.Pattern:
+    """What PEFT looks a module up by."""
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 # --- one rank, one alpha

@@ -188,7 +188,8 @@ def _clip_text(net: text_encoder.CLIPTextTransformer, params, rng) -> Reference:
     cls = getattr(transformers, config["architectures"][0])
     theirs = cls(cls.config_class(**config))
     call = Call("__call__", (tokens,), partial(theirs, torch.from_numpy(tokens).long()))
-    return Reference(whole, {"norm_out": norm} | params, "huggingface", theirs, [call])
+    params = {"norm_out": norm} | dict(params)
+    return Reference(whole, params, "huggingface", theirs, [call])
 
 
 def _bert(net: text_encoder.TextTransformer, params, rng) -> Reference:

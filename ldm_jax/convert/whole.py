@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ldm_jax.config import UserError
-from ldm_jax.convert import files
+from ldm_jax.convert import files, mapped
 
 UNET, FIRST_STAGE = "model.diffusion_model.", "first_stage_model."
 CONDITIONS = ("cond_stage_model.", "embedder.", "noise_augmentor.", "depth_model.")
@@ -135,6 +135,8 @@ def without_copy(
                 f"{option}: {key} and {own} are two names of one array, but differ;"
                 " give the file as it was trained"
             )
+        mapped.forget(arrays[key])
+        mapped.forget(arrays[own])
     return {key: value for key, value in arrays.items() if key not in copies}
 
 

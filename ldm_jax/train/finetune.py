@@ -181,7 +181,7 @@ def _for(config: ml_collections.ConfigDict, fresh: Any, theirs: Any) -> dict[str
     conditioners = {
         name: params
         for name, params in theirs["conditioners"].items()
-        if name in here or name not in config.conditioners
+        if config.conditioners.get(name, {}).get("trainable", True)
     }
     for name in here:
         path = frozen_lib.copy_path(run, name)

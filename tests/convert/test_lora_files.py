@@ -344,7 +344,8 @@ def _peft(folder, state, config):
         ('{"lora_alpha": "x"}', "its config has lora_alpha 'x'; give a number"),
         ('{"alpha_pattern": [1]}', r"its config has alpha_pattern \[1\]; give a dict"),
         ('{"alpha_pattern": {"to_q": null}}', "has alpha_pattern.to_q None; give a nu"),
-        ('{"alpha_pattern": {"to_(q": 2}}', r"alpha_pattern 'to_\(q', which is no reg"),
+        ('{"alpha_pattern": {"to_(q": 2}}', r"alpha_pattern 'to_\(q', which is no"),
+        ('{"alpha_pattern": {"(?i)q": 2}}', r"alpha_pattern '\(\?i\)q', which is no"),
     ],
 )
 @pytest.mark.parametrize("name", ["", "adapter_model.safetensors"])
